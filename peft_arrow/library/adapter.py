@@ -1,0 +1,218 @@
+"""One adapter: a reference to a PEFT LoRA checkpoint, and the checkpoint read from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any, Optional, Union
+
+import torch
+from peft.utils import get_peft_model_state_dict
+
+from .reading import Location, locate, read_config, read_tensors
+
+
+NAME_LENGTH = 96
+_NAME = re.compile(rf"(?!\.)[\w.\-]{{1,{NAME_LENGTH}}}")
+
+
+@dataclass(frozen=True)
+class AdapterRef:
+    """Where an adapter lies.
+
+    Args:
+        source (`str` or `PathLike`):
+            A folder with `adapter_config.json`, or a Hub id `user/repo` or `user/repo/sub/folder`, each also with
+            `@revision`. A `pathlib.Path` and strings that start with `/`, `./`, `../` or `~` are local; any other string
+            is local if such a folder exists.
+        subfolder (`str`, *optional*): folder inside the source.
+        revision (`str`, *optional*): branch, tag or commit; `@revision` in the source wins over it.
+        token (`str` or `bool`, *optional*): Hub token for this adapter.
+        cache_dir (`str`, *optional*): where Hub files are kept.
+        local_files_only (`bool`): do not ask the Hub, use what is in the cache.
+    """
+
+    source: Union[str, PathLike]
+    subfolder: Optional[str] = None
+    revision: Optional[str] = None
+    token: Union[str, bool, None] = field(default=None, repr=False)
+    cache_dir: Optional[str] = None
+    local_files_only: bool = False
+
+    def locations(self) -> list[Location]:
+        """The adapter's place, or one place per expert where the source is a folder of PEFT's `create_arrow_model`.
+
+        Raises:
+            ValueError: nothing readable is there; the message says what was tried.
+        """
+        return locate(
+            self.source,
+            subfolder=self.subfolder,
+            revision=self.revision,
+            token=self.token,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+        )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in memory.
+
+    Args:
+        name (`str`): the expert name it gets.
+        config (`Mapping`): the content of `adapter_config.json`.
+        tensors (`Mapping[str, torch.Tensor]`): the content of `adapter_model.safetensors`, keys as PEFT writes them.
+        source (`str`): where it is from, for messages and for the saved model.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    source: str = "memory"
+
+    @classmethod
+    def from_peft_model(cls, model: torch.nn.Module, adapter_name: str = "default", name: Optional[str] = None):
+        """Take a LoRA adapter out of a `PeftModel`; its tensors are shared, not copied.
+
+        Args:
+            model (`PeftModel`): the model that holds the adapter.
+            adapter_name (`str`): its name there.
+            name (`str`, *optional*): the expert's name; `adapter_name` by default.
+        """
+        if adapter_name not in model.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} is not in the model; it has {list(model.peft_config)}.")
+        config = model.peft_config[adapter_name].to_dict()
+        config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
+        tensors = {
+            key: tensor.detach() for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items()
+        }
+        return cls(name=check_name(name or adapter_name), config=config, tensors=tensors)
+
+    @property
+    def base_model_name_or_path(self) -> Optional[str]:
+        """The base model that the adapter's config names."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def task_type(self) -> Optional[str]:
+        """PEFT's task type, such as `"CAUSAL_LM"`, or None."""
+        task_type = self.config.get("task_type")
+        return str(getattr(task_type, "value", task_type)) if task_type is not None else None
+
+
+AdapterLike = Union[str, PathLike, AdapterRef, Adapter, Location]
+
+
+def check_name(name: str) -> str:
+    """Return an expert name that keeps the rule; raise a `ValueError` that states the rule otherwise."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"expert name {name!r} is not allowed; a name is 1 to {NAME_LENGTH} characters of letters, digits, '_', '.' "
+            "and '-', not starting with a dot."
+        )
+    return name
+
+
+def slug(text: str) -> str:
+    """The nearest allowed name: other characters become `-`."""
+    cleaned = re.sub(r"[^\w.\-]+", "-", text).lstrip(".").strip("-")[:NAME_LENGTH]
+    return cleaned or "adapter"
+
+
+def list_locations(
+    adapters: Union[AdapterLike, Mapping[str, AdapterLike], Iterable[AdapterLike]],
+    defaults: Optional[AdapterRef] = None,
+) -> dict[str, Union[Adapter, Location]]:
+    """Name every adapter and find where it lies, without reading its weights.
+
+    Args:
+        adapters: a mapping name -> reference, or an iterable of references.
+        defaults (`AdapterRef`, *optional*): token, revision, cache settings for references that bring none.
+
+    Raises:
+        TypeError: the argument is neither a mapping nor an iterable of references.
+        ValueError: no adapters, a bad or repeated name, or nothing readable where a reference points.
+    """
+    if isinstance(adapters, Mapping):
+        found = {}
+        for name, reference in adapters.items():
+            places = _find(reference, defaults)
+            if len(places) != 1:
+                raise ValueError(
+                    f"adapters[{name!r}]={reference!r} stands for {len(places)} adapters; a mapping names one adapter "
+                    "per entry: pass such a reference in a list."
+                )
+            found[check_name(name)] = _renamed(places[0][1], name)
+    else:
+        if isinstance(adapters, (str, PathLike, AdapterRef, Adapter)):
+            adapters = _single(adapters, defaults)
+        if not isinstance(adapters, Iterable):
+            raise TypeError(f"adapters={adapters!r} is not allowed; pass a list of references or a dict of names.")
+        pairs = [pair for reference in adapters for pair in _find(reference, defaults)]
+        found = _with_unique_names(pairs)
+    if not found:
+        raise ValueError("adapters is empty; at least one adapter is needed.")
+    return found
+
+
+def _single(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[AdapterLike]:
+    places = _find(reference, defaults)
+    if len(places) == 1:
+        raise ValueError(
+            f"adapters={str(reference)!r} is a single adapter; pass a list of references, such as "
+            f"[{str(reference)!r}], or a dict name -> reference."
+        )
+    return [place for _, place in places]
+
+
+def _find(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[tuple[str, Union[Adapter, Location]]]:
+    if isinstance(reference, Adapter):
+        return [(check_name(reference.name), reference)]
+    if isinstance(reference, Location):
+        return [(slug(reference.label), reference)]
+    if isinstance(reference, (str, PathLike)):
+        reference = replace(defaults or AdapterRef(""), source=reference)
+    if not isinstance(reference, AdapterRef):
+        raise TypeError(
+            f"adapters holds {reference!r} of type {type(reference).__name__}; allowed are a folder, a Hub id, a Path, "
+            "an AdapterRef and an Adapter."
+        )
+    return [(slug(place.label), place) for place in reference.locations()]
+
+
+def _with_unique_names(pairs: list[tuple[str, Union[Adapter, Location]]]) -> dict[str, Union[Adapter, Location]]:
+    found: dict[str, Union[Adapter, Location]] = {}
+    for name, place in pairs:
+        unique, count = name, 1
+        while unique in found:
+            count += 1
+            suffix = f"-{count}"
+            unique = name[: NAME_LENGTH - len(suffix)] + suffix
+        found[unique] = _renamed(place, unique)
+    return found
+
+
+def _renamed(place: Union[Adapter, Location], name: str) -> Union[Adapter, Location]:
+    return replace(place, name=name) if isinstance(place, Adapter) else place
+
+
+def config_of(place: Union[Adapter, Location]) -> Mapping[str, Any]:
+    """The adapter's config, read without its weights."""
+    return place.config if isinstance(place, Adapter) else read_config(place)
+
+
+def load(name: str, place: Union[Adapter, Location]) -> Adapter:
+    """Read the adapter's weights.
+
+    Raises:
+        ValueError: the file is missing, is a pickle, or is not readable as safetensors.
+    """
+    if isinstance(place, Adapter):
+        return place
+    return Adapter(name=name, config=read_config(place), tensors=read_tensors(place), source=place.describe())
+
+
+__all__ = ["Adapter", "AdapterLike", "AdapterRef", "check_name", "config_of", "list_locations", "load", "slug"]

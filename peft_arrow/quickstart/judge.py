@@ -1,0 +1,148 @@
+"""What each way of choosing adapters is worth on held-out rows: completion loss and exact match."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy, pad
+from transformers import PreTrainedTokenizerBase
+
+from ..routers import Router
+from .tasks import Row
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of one method on the held-out rows of one task.
+
+    Args:
+        loss (`float`): nats per token of the completions, the end-of-sequence token included.
+        exact (`float`): share of rows whose completion is what greedy decoding would write.
+        row_losses (`list[float]`): nats per token of each row.
+    """
+
+    loss: float
+    exact: float
+    row_losses: list[float]
+
+
+class RandomRouter(Router):
+    """A control: the scores are normal random numbers that do not depend on the token."""
+
+    name = "random"
+    paper = ""
+
+    def __init__(self, top_k: int, seed: int) -> None:
+        super().__init__(top_k)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def score(self, x_TI, project, num_experts) -> torch.Tensor:
+        """Router logits, float32 (T, E)."""
+        return torch.randn(x_TI.shape[0], num_experts, generator=self.generator).to(x_TI.device)
+
+
+@torch.no_grad()
+def judge_rows(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Score:
+    """Loss and exact match of `rows` in one left-padded batch.
+
+    Greedy decoding writes the completion exactly if and only if each of its tokens has the largest logit after the
+    ones before it, so exact match needs no generation.
+    """
+    batch, labels = encode(tokenizer, rows)
+    logits = model(**batch, logits_to_keep=labels.shape[1] + 1).logits[:, :-1].float()
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    counted = labels != -100
+    exact = ((logits.argmax(-1) == labels) | ~counted).all(1)
+    row_losses = losses.sum(1) / counted.sum(1)
+    return Score((losses.sum() / counted.sum()).item(), exact.float().mean().item(), row_losses.tolist())
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Left-padded inputs (B, S), and labels (B, C) for the last C positions with -100 before each completion."""
+    prompts = [tokenizer(row.prompt).input_ids for row in rows]
+    completions = [tokenizer(row.completion).input_ids + [tokenizer.eos_token_id] for row in rows]
+    pairs = [torch.tensor(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    length, kept = max(map(len, pairs)), max(map(len, completions))
+    ids = torch.stack([pad(pair, (length - len(pair), 0), value=tokenizer.pad_token_id) for pair in pairs])
+    mask = torch.stack([pad(torch.ones_like(pair), (length - len(pair), 0)) for pair in pairs])
+    labels = [pad(torch.tensor(completion), (kept - len(completion), 0), value=-100) for completion in completions]
+    return {"input_ids": ids, "attention_mask": mask}, torch.stack(labels)
+
+
+def cached(path: Path, fingerprint: str, compute: Callable[[], dict]) -> dict:
+    """The JSON value in `path` if it was computed under `fingerprint`, otherwise `compute()`, which is stored."""
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if stored["fingerprint"] == fingerprint:
+            return stored["value"]
+    value = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps({"fingerprint": fingerprint, "value": value}))
+    partial.rename(path)
+    return value
+
+
+def files_fingerprint(folders: Sequence[Path], settings: object) -> str:
+    """Changes with the adapters' weights and configs, and with `settings` (anything JSON knows)."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for folder in folders:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class PlainJudge:
+    """Judges the base model and single adapters with plain PEFT, without any routing."""
+
+    def __init__(self, base: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, folders: Mapping[str, Path]) -> None:
+        first, *others = folders
+        self.tokenizer = tokenizer
+        self.model = PeftModel.from_pretrained(base, folders[first], adapter_name=first).eval()
+        for name in others:
+            self.model.load_adapter(folders[name], adapter_name=name)
+
+    def base(self, rows: Sequence[Row]) -> Score:
+        """The base model alone."""
+        with self.model.disable_adapter():
+            return judge_rows(self.model, self.tokenizer, rows)
+
+    def single(self, adapter: str, rows: Sequence[Row]) -> Score:
+        """One adapter for all tokens."""
+        self.model.set_adapter(adapter)
+        return judge_rows(self.model, self.tokenizer, rows)
+
+
+def best_single(judge: PlainJudge, names: Sequence[str], rows: Mapping[str, Sequence[Row]], on_done: Callable) -> str:
+    """The adapter with the lowest loss, averaged over the tasks of `rows`."""
+    together = [row for task_rows in rows.values() for row in task_rows]
+    sizes = [len(task_rows) for task_rows in rows.values()]
+    means = {}
+    for name in names:
+        row_losses = iter(judge.single(name, together).row_losses)
+        means[name] = statistics.fmean(statistics.fmean(next(row_losses) for _ in range(size)) for size in sizes)
+        on_done()
+    return min(means, key=means.__getitem__)
+
+
+def judge_tasks(judge: Callable[[str], Score], names: Sequence[str], on_done: Callable) -> dict[str, dict]:
+    """`judge(task)` for every task, as JSON values; `on_done()` after each."""
+    scores = {}
+    for name in names:
+        scores[name] = asdict(judge(name))
+        on_done()
+    return scores
+
+
+def use_random_routing(model: PeftModel, top_k: int, seed: int) -> None:
+    """Let a routed model choose experts at random; `model.set_router` sets it back."""
+    router = RandomRouter(top_k, seed)
+    for layer in model.base_model.routed_layers().values():
+        layer.routers[model.base_model.active_arrow_adapter()] = router

@@ -1,0 +1,156 @@
+"""What the quickstart shows: tables in text and Markdown, two pictures, and a page of tokens."""
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..tuner.trace_report import draw_heat_map, layer_labels, new_figure, routing_shares
+
+
+Scores = Mapping[str, Mapping[str, Mapping]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a score: its key, title, and how it is printed."""
+
+    key: str
+    title: str
+    digits: str
+
+
+LOSS = Measure("loss", "Completion loss on held-out rows (nats per token, lower is better)", ".2f")
+EXACT = Measure("exact", "Exact match on held-out rows (share of rows, higher is better)", ".2f")
+
+
+def mean_over_tasks(scores: Mapping[str, Mapping], key: str) -> float:
+    """The mean of one measure, every task with the same weight."""
+    return statistics.fmean(score[key] for score in scores.values())
+
+
+def collect_random(methods: Scores) -> tuple[dict[str, dict], list[dict]]:
+    """The methods with the runs `random-<seed>` averaged to one `random`; and those runs."""
+    runs = [scores for name, scores in methods.items() if name.startswith("random-")]
+    shown = {}
+    for name, scores in methods.items():
+        if not name.startswith("random-"):
+            shown[name] = dict(scores)
+        elif "random" not in shown:
+            keys = ("loss", "exact")
+            shown["random"] = {
+                task: {key: statistics.fmean(run[task][key] for run in runs) for key in keys} for task in scores
+            }
+    return shown, runs
+
+
+def table_cells(methods: Scores, measure: Measure) -> list[list[str]]:
+    """Head, one line a task, and the mean over tasks; the random runs are one column with their spread in the mean."""
+    shown, runs = collect_random(methods)
+    tasks = list(next(iter(shown.values())))
+    lines = [["task", *shown]]
+    for task in tasks:
+        lines.append([task, *(format(scores[task][measure.key], measure.digits) for scores in shown.values())])
+    means = ["mean over tasks"]
+    for name, scores in shown.items():
+        mean = format(mean_over_tasks(scores, measure.key), measure.digits)
+        spread = spread_over_seeds(runs, measure.key) if name == "random" else None
+        means.append(mean if spread is None else f"{mean}±{spread:{measure.digits}}")
+    return [*lines, means]
+
+
+def spread_over_seeds(runs: Sequence[Mapping], key: str) -> float | None:
+    """Standard deviation over the random seeds of the mean over tasks; None for fewer than two seeds."""
+    return statistics.stdev(mean_over_tasks(run, key) for run in runs) if len(runs) > 1 else None
+
+
+def text_table(title: str, cells: Sequence[Sequence[str]]) -> str:
+    """`cells` in columns of fixed width: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        rest = (cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        lines.append("  ".join([line[0].ljust(widths[0]), *rest]).rstrip())
+    rule = "-" * max(map(len, lines))
+    return "\n".join([title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def markdown_table(title: str, cells: Sequence[Sequence[str]]) -> str:
+    """`cells` as a Markdown table under a heading."""
+    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    align = "|---|" + "---:|" * (len(cells[0]) - 1)
+    return "\n".join([f"### {title}", "", lines[0], align, *lines[1:]])
+
+
+def paired_difference(ours: Mapping[str, Mapping], other: Mapping[str, Mapping], draws: int = 2000) -> tuple:
+    """Mean over tasks of the per-row loss of `ours` minus `other`, with a 95 % bootstrap interval over rows."""
+    gaps = [
+        [a - b for a, b in zip(ours[task]["row_losses"], other[task]["row_losses"], strict=True)] for task in ours
+    ]
+    rng = random.Random(0)
+    means = sorted(
+        statistics.fmean(statistics.fmean(rng.choices(rows, k=len(rows))) for rows in gaps) for _ in range(draws)
+    )
+    center = statistics.fmean(statistics.fmean(rows) for rows in gaps)
+    return center, means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
+
+
+def comparison_lines(methods: Scores) -> list[str]:
+    """Arrow against every other method in loss, as sentences."""
+    lines = ["Arrow minus the other, mean row loss over tasks (below 0: Arrow is better), 95 % bootstrap over rows:"]
+    for name, scores in methods.items():
+        if name != "arrow":
+            center, low, high = paired_difference(methods["arrow"], scores)
+            lines.append(f"  {name:<12} {center:+.2f}  [{low:+.2f}, {high:+.2f}]")
+    return lines
+
+
+def draw_by_task(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str], path: Path) -> None:
+    """Tasks down, experts across: the share of the routing weight, averaged over layers."""
+    means = [[statistics.fmean(column) for column in zip(*layers.values(), strict=True)] for layers in shares.values()]
+    draw_heat_map(
+        means,
+        path,
+        title="Where the tokens of each task went\n(share of the routing weight, mean over layers, in percent)",
+        columns=("expert (adapter)", experts),
+        rows=("task of the tokens", list(shares)),
+        annotate=True,
+    )
+
+
+def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str], path: Path) -> None:
+    """One heat map a task: layers across, experts down; a task's own expert is framed."""
+    across = min(3, len(shares))
+    down = -(-len(shares) // across)
+    figure = new_figure(1.5 + 3.9 * across, 1.0 + (0.9 + 0.2 * len(experts)) * down)
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    image = None
+    for axes, (task, layers) in zip(grid.flat, shares.items(), strict=False):
+        values = [list(column) for column in zip(*layers.values(), strict=True)]
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_title(f"tokens of: {task}", fontsize=10)
+        axes.set_yticks(range(len(experts)), experts, fontsize=8)
+        labels = layer_labels(list(layers))
+        ticks = range(0, len(labels), max(1, len(labels) // 6))
+        axes.set_xticks(ticks, [labels[tick] for tick in ticks], fontsize=8)
+        if task in experts:
+            row = list(experts).index(task)
+            axes.axhspan(row - 0.5, row + 0.5, fill=False, edgecolor="tab:red", linewidth=1.5)
+    for axes in list(grid.flat)[len(shares) :]:
+        axes.set_visible(False)
+    figure.supxlabel("layer")
+    figure.supylabel("expert (adapter); red frame: the task's own")
+    figure.suptitle("Share of the routing weight that each expert got in each layer")
+    figure.colorbar(image, ax=grid, shrink=0.6, format=lambda value, _: f"{100 * value:.0f} %")
+    figure.savefig(path, dpi=110)
+
+
+def task_shares(model, tokenizer, rows_of: Mapping[str, Sequence], encode) -> dict[str, dict[str, list]]:
+    """For each task, layer -> share of each expert, over all tokens of its rows."""
+    shares = {}
+    for task, rows in rows_of.items():
+        with model.trace_routing() as trace:
+            model(**encode(tokenizer, rows)[0], logits_to_keep=1)
+        shares[task] = routing_shares(trace)
+    return shares

@@ -1,0 +1,134 @@
+"""The two banks of a layer: linear modules over the concatenated ranks of their experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+import torch
+from torch import nn
+
+from .layouts import LayerExperts
+
+
+BANKS = {True: ("arrow_lora_A", "arrow_lora_B"), False: ("arrow_lora_frozen_A", "arrow_lora_frozen_B")}
+
+
+def bank_modules(layer, adapter_name: str, is_main: bool) -> tuple[nn.Linear, nn.Linear]:
+    """lora_A and lora_B of a bank."""
+    name_A, name_B = BANKS[is_main]
+    return getattr(layer, name_A)[adapter_name], getattr(layer, name_B)[adapter_name]
+
+
+def add_bank(
+    layer,
+    adapter_name: str,
+    experts: LayerExperts,
+    is_main: bool,
+    weights: Optional[list[tuple[torch.Tensor, torch.Tensor]]],
+    init_weights: Optional[bool],
+) -> None:
+    """Make one bank of a layer anew; an empty bank is left out."""
+    containers = [getattr(layer, name) for name in BANKS[is_main]]
+    for container in containers:
+        if adapter_name in container:
+            del container[adapter_name]
+    members = experts.bank(is_main)
+    if not members:
+        return
+    rank = experts.bank_rank(is_main)
+    if weights is not None:
+        dtype = torch.promote_types(*[_widest([weights[e][side] for e in members]) for side in (0, 1)])
+        factors = (
+            torch.cat([weights[e][0].to(dtype) for e in members], dim=0),
+            torch.cat([weights[e][1].to(dtype) for e in members], dim=1),
+        )
+        modules = [_linear_from(factor) for factor in factors]
+    else:
+        shapes = ((layer.in_features, rank), (rank, layer.out_features))
+        modules = [_empty_linear(*shape) for shape in shapes]
+        _init_fresh(*modules, experts, members, init_weights)
+    for container, module in zip(containers, modules):
+        container[adapter_name] = module
+
+
+def _widest(tensors: list[torch.Tensor]) -> torch.dtype:
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _linear_from(weight: torch.Tensor) -> nn.Linear:
+    """A linear module around existing data.
+
+    The parameter is put in its place directly: under `low_cpu_mem_usage=True` PEFT patches the registration of parameters
+    so that it drops their data.
+    """
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module._parameters["weight"] = nn.Parameter(weight.detach().contiguous())
+    return module
+
+
+def _empty_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear module without values; on the meta device under `low_cpu_mem_usage=True`."""
+    module = nn.Linear(in_features, out_features, bias=False, device="meta")
+    module.weight = nn.Parameter(torch.empty(out_features, in_features))
+    return module
+
+
+def _init_fresh(lora_A: nn.Linear, lora_B: nn.Linear, experts: LayerExperts, members, init_weights) -> None:
+    """Each expert as PEFT starts a LoRA: A Kaiming uniform, B zero (or as A, for tests); None: zeros to be loaded."""
+    if lora_A.weight.device.type == "meta":
+        return
+    with torch.no_grad():
+        if init_weights is None:
+            lora_A.weight.zero_()
+            lora_B.weight.zero_()
+            return
+        ranks = [experts.ranks[e] for e in members]
+        for piece in lora_A.weight.split(ranks, dim=0):
+            nn.init.kaiming_uniform_(piece, a=math.sqrt(5))
+        for piece in lora_B.weight.split(ranks, dim=1):
+            if init_weights:
+                nn.init.zeros_(piece)
+            else:
+                nn.init.kaiming_uniform_(piece, a=math.sqrt(5))
+
+
+def column_tensors(experts: LayerExperts, scale: float, device: torch.device) -> tuple:
+    """For the main and the frozen bank: owner (int64) and scaling (float32) of each column, (R,).
+
+    Made outside inference mode, so that a model used there first can still be trained.
+    """
+    columns = []
+    with torch.inference_mode(False):
+        for is_main in (True, False):
+            members = experts.bank(is_main)
+            owner = [e for e in members for _ in range(experts.ranks[e])]
+            scaling = [experts.scalings[e] * scale for e in owner]
+            columns.append(
+                (
+                    torch.tensor(owner, dtype=torch.int64, device=device),
+                    torch.tensor(scaling, dtype=torch.float32, device=device),
+                )
+            )
+    return tuple(columns)
+
+
+def join_banks(experts: LayerExperts, main: Optional[torch.Tensor], frozen: Optional[torch.Tensor], dim: int):
+    """One stack in routing order from the two banks' factors; `dim` is that of the rank (0 for A, 1 for B)."""
+    if frozen is None or main is None:
+        return main if frozen is None else frozen
+    pieces: dict[int, torch.Tensor] = {}
+    for is_main, weight in ((True, main), (False, frozen)):
+        members = experts.bank(is_main)
+        pieces.update(zip(members, weight.split([experts.ranks[e] for e in members], dim=dim)))
+    return torch.cat([pieces[e] for e in range(len(experts.ranks))], dim=dim)
+
+
+def split_banks(experts: LayerExperts, stack: torch.Tensor, dim: int) -> dict[bool, torch.Tensor]:
+    """The inverse of `join_banks`: the factors of each bank that has experts."""
+    pieces = stack.split(list(experts.ranks), dim=dim)
+    banks = {is_main: [pieces[e] for e in experts.bank(is_main)] for is_main in (True, False)}
+    return {is_main: torch.cat(members, dim=dim) for is_main, members in banks.items() if members}

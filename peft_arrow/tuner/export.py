@@ -1,0 +1,145 @@
+"""One plain PEFT LoRA from a routed model: the weighted mean of the experts' delta-W."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from os import PathLike
+from typing import Any, Union
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from ..library.lora import KEY_PREFIX
+from .heads import saved_modules
+
+
+METHODS = ("svd", "cat")
+
+
+def export_lora(
+    tuner, folder: Union[str, PathLike], *, weights: Union[str, dict[str, float]], rank, method: str
+) -> dict[str, Any]:
+    """Write sum_i w_i delta-W_i of the active adapter's experts as a LoRA that plain PEFT loads; alpha is in lora_B.
+
+    Args:
+        tuner (`ArrowLoraModel`): the routed model.
+        folder (`str` or `PathLike`): where to write; files of an earlier export are replaced one by one.
+        weights (`"uniform"` or `dict[str, float]`):
+            `"uniform"`: 1 / number of experts each. A dict: expert name -> weight, missing ones 0, used as given.
+        rank (`int`, *optional*): rank of the result for `"svd"`; the largest rank of an expert by default.
+        method (`str`): `"cat"`: exact, the rank is the sum of the ranks. `"svd"`: best approximation of that rank.
+
+    Returns:
+        `dict`: `rank` (largest of a module) and `lost_norm` (share of the Frobenius norm that the rank cuts off).
+
+    Raises:
+        ValueError: an unknown method, expert or rank.
+    """
+    adapter_name = tuner.active_arrow_adapter()
+    config = tuner.peft_config[adapter_name]
+    expert_weights = _expert_weights(weights, config.expert_names)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(map(repr, METHODS))}.")
+    if rank is not None and (method == "cat" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank={rank!r} is not allowed; it is a whole number of at least 1, and only for method='svd'.")
+    layers = {name: layer for name, layer in tuner.routed_layers().items() if adapter_name in layer.experts}
+    if rank is None and method == "svd":
+        rank = max(max(layer.experts[adapter_name].ranks) for layer in layers.values())
+    tensors, ranks, kept, lost = {}, {}, 0.0, 0.0
+    for module, layer in layers.items():
+        lora_A, lora_B = _concatenated(layer, adapter_name, expert_weights)
+        if method == "svd":
+            lora_A, lora_B, kept_here, lost_here = truncated(lora_A, lora_B, rank)
+            kept, lost = kept + kept_here, lost + lost_here
+        ranks[module] = lora_A.shape[0]
+        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = lora_A.contiguous()
+        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = lora_B.contiguous()
+    from_head = _head_tensors(tuner, adapter_name)
+    lora = _lora_config(config, ranks, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()))
+    _write(folder, lora, {**tensors, **from_head})
+    return {"rank": max(ranks.values()), "lost_norm": (lost / (kept + lost)) ** 0.5 if kept + lost else 0.0}
+
+
+def _expert_weights(weights: Union[str, dict[str, float]], names: list[str]) -> list[float]:
+    if weights == "uniform":
+        return [1.0 / len(names)] * len(names)
+    if not isinstance(weights, dict):
+        raise ValueError(f"weights={weights!r} is not allowed; it is 'uniform' or a dict expert name -> weight.")
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise ValueError(f"weights holds {unknown[0]!r}, which is not an expert; experts are {names}.")
+    return [float(weights.get(name, 0.0)) for name in names]
+
+
+@torch.no_grad()
+def _concatenated(layer, adapter_name: str, weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (sum of ranks, I) and B (O, sum of ranks) whose product is the weighted sum, float32 on the CPU."""
+    experts = layer.experts[adapter_name]
+    lora_A, lora_B = zip(*layer.expert_factors(adapter_name))
+    scaled = [
+        B.float() * (weights[position] * scaling * layer.scales[adapter_name])
+        for B, position, scaling in zip(lora_B, experts.positions, experts.scalings)
+    ]
+    return torch.cat([A.float() for A in lora_A]).cpu(), torch.cat(scaled, dim=1).cpu()
+
+
+def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Best factors of that rank of B @ A, by an SVD of the core between two QRs (Eckart-Young).
+
+    Args:
+        lora_A (`torch.Tensor`): (R, I).
+        lora_B (`torch.Tensor`): (O, R).
+        rank (`int`): rank to keep, capped by the sizes.
+
+    Returns:
+        A (rank, I), B (O, rank), the kept and the lost sum of squared singular values.
+    """
+    Q_A, R_A = torch.linalg.qr(lora_A.T)
+    Q_B, R_B = torch.linalg.qr(lora_B)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    rank = min(rank, S.shape[0])
+    root = S[:rank].sqrt()
+    squares = S.double().square()
+    A, B = root[:, None] * (Vh[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * root
+    return A, B, float(squares[:rank].sum()), float(squares[rank:].sum())
+
+
+def _head_tensors(tuner, adapter_name: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{KEY_PREFIX}{key}": tensor.detach().cpu().contiguous()
+        for key, tensor in saved_modules(tuner.model, adapter_name).items()
+    }
+
+
+def _lora_config(config, ranks: dict[str, int], fan_in_fan_out: bool) -> LoraConfig:
+    largest = max(ranks.values())
+    different = {module.replace(".", r"\."): r for module, r in ranks.items() if r != largest}
+    return LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=different,
+        alpha_pattern=dict(different),
+        target_modules=sorted(ranks),
+        modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
+        layer_replication=config.layer_replication,
+        fan_in_fan_out=fan_in_fan_out,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+
+
+def _write(folder: Union[str, PathLike], lora: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+    """Write beside the target and move into place, weights first, so that a half-written export is never read."""
+    folder = os.fspath(folder)
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as draft:
+        save_file(tensors, os.path.join(draft, "adapter_model.safetensors"), metadata={"format": "pt"})
+        lora.save_pretrained(draft)
+        os.makedirs(folder, exist_ok=True)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            os.replace(os.path.join(draft, name), os.path.join(folder, name))

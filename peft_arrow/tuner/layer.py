@@ -1,0 +1,259 @@
+"""A linear module with experts: the base's output plus the routed low-rank updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import resolve_quantization_backend
+from torch import nn
+
+from ..ops import ExpertBank, ExpertStack, routed_lora
+from ..routers import Router, Routing
+from .bank import add_bank, bank_modules, column_tensors
+from .layouts import LayerExperts
+from .prototype_state import PrototypeState
+from .prototypes import PrototypeLinear, PrototypeMixin
+from .tripwire import trip_on_backward
+
+
+class ArrowLoraLayer(BaseTunerLayer):
+    """The experts of one layer, for each PEFT adapter (a PEFT adapter is one library of experts).
+
+    `arrow_lora_A[adapter]` and `arrow_lora_B[adapter]` hold the factors of the experts that train when the model does,
+    concatenated along the rank; `arrow_lora_frozen_A/B[adapter]` those that never train; `arrow_lora_router[adapter]`
+    the prototypes, float32 (E, I).
+    """
+
+    adapter_layer_names = ("arrow_lora_A", "arrow_lora_B")
+    other_param_names = (
+        "arrow_lora_frozen_A",
+        "arrow_lora_frozen_B",
+        "arrow_lora_router",
+        "experts",
+        "routers",
+        "aggregations",
+        "kernels",
+        "scales",
+        "prototype_states",
+        "prototype_updates",
+        "columns",
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.arrow_lora_A = nn.ModuleDict()
+        self.arrow_lora_B = nn.ModuleDict()
+        self.arrow_lora_frozen_A = nn.ModuleDict()
+        self.arrow_lora_frozen_B = nn.ModuleDict()
+        self.arrow_lora_router = nn.ModuleDict()
+        self.experts: dict[str, LayerExperts] = {}
+        self.routers: dict[str, Router] = {}
+        self.aggregations: dict[str, str] = {}
+        self.kernels: dict[str, str] = {}
+        self.scales: dict[str, float] = {}
+        self.prototype_states: dict[str, PrototypeState] = {}
+        self.prototype_updates: dict[str, str] = {}
+        self.columns: dict[str, dict] = {}
+        self.recorder: Optional[Callable] = None
+        self.inference_owner: Optional[Callable] = None
+        self.merged_adapters: list[str] = []
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        experts: LayerExperts,
+        router: Router,
+        *,
+        aggregation: str = "output",
+        kernel: str = "auto",
+        prototype_update: str = "step",
+        weights: Optional[list[tuple[torch.Tensor, torch.Tensor]]] = None,
+        init_weights: Optional[bool] = None,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter's experts to this layer, or replace them.
+
+        Args:
+            adapter_name (`str`): the PEFT adapter.
+            experts (`LayerExperts`): the experts that have this module.
+            router (`Router`): shared by all layers of the adapter.
+            aggregation, kernel, prototype_update (`str`): see `ArrowLoraConfig` and `KERNELS`.
+            weights (list of (A (r, I), B (O, r)), *optional*): the experts' factors, in the order of `experts`.
+            init_weights (`bool`, *optional*):
+                Without `weights`: True starts B at zero, False at random, None leaves zeros that a checkpoint will replace.
+            inference_mode (`bool`): whether the adapter is frozen.
+        """
+        if aggregation == "parameter" and len(set(experts.ranks)) > 1:
+            raise ValueError(
+                f"aggregation='parameter' needs one rank per module, but experts here have ranks {sorted(set(experts.ranks))};"
+                " use aggregation='output'."
+            )
+        self.experts[adapter_name] = experts
+        self.routers[adapter_name] = router
+        self.aggregations[adapter_name] = aggregation
+        self.kernels[adapter_name] = kernel
+        self.prototype_updates[adapter_name] = prototype_update
+        self.scales.setdefault(adapter_name, 1.0)
+        self.prototype_states[adapter_name] = PrototypeState()
+        for is_main in (True, False):
+            add_bank(self, adapter_name, experts, is_main, weights, init_weights)
+        self.arrow_lora_router[adapter_name] = PrototypeLinear(
+            self.in_features, len(experts.positions), has_weights=weights is not None
+        )
+        self._move_adapter_to_device_of_base_layer(adapter_name, cast=weights is None)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: Optional[torch.device] = None, cast: bool = False
+    ) -> None:
+        """Move one adapter to the base layer's device; factors made here also get its dtype, prototypes stay float32."""
+        base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = device or base_device
+        castable = cast and base_dtype is not None and base_dtype.is_floating_point
+        for name in ("arrow_lora_A", "arrow_lora_B", "arrow_lora_frozen_A", "arrow_lora_frozen_B", "arrow_lora_router"):
+            container = getattr(self, name)
+            if adapter_name not in container or device is None or device.type == "meta":
+                continue
+            module = container[adapter_name]
+            if module.weight.device.type != "meta":
+                module.to(device=device, dtype=base_dtype if castable and name != "arrow_lora_router" else None)
+        self.columns[adapter_name] = {}
+        if device is not None and device.type != "meta":
+            self._columns(adapter_name, device)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
+        for container in (self.arrow_lora_frozen_A, self.arrow_lora_frozen_B, self.arrow_lora_router):
+            container.requires_grad_(False)
+
+    def _columns(self, adapter_name: str, device: torch.device) -> tuple:
+        """Per bank: owner and scaling of each column, kept per device."""
+        by_device = self.columns[adapter_name]
+        if device not in by_device:
+            by_device[device] = column_tensors(self.experts[adapter_name], self.scales[adapter_name], device)
+        return by_device[device]
+
+    def stack(self, adapter_name: str, device: torch.device) -> ExpertStack:
+        """The adapter's experts as kernels take them."""
+        experts, columns = self.experts[adapter_name], self._columns(adapter_name, device)
+        banks = []
+        for is_main, (owner_R, scaling_R) in zip((True, False), columns):
+            members = experts.bank(is_main)
+            if members:
+                banks.append(
+                    ExpertBank(
+                        *bank_modules(self, adapter_name, is_main),
+                        experts=members,
+                        ranks=tuple(experts.ranks[e] for e in members),
+                        scalings=tuple(experts.scalings[e] * self.scales[adapter_name] for e in members),
+                        dropouts=tuple(experts.dropouts[e] for e in members),
+                        owner_R=owner_R,
+                        scaling_R=scaling_R,
+                    )
+                )
+        return ExpertStack(tuple(banks), len(experts.positions), self.out_features, self.training)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's routed update by `scale` (1 is the original)."""
+        if adapter in self.scales:
+            self.scales[adapter] = float(scale)
+            self.columns[adapter] = {}
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scales by `scale`."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.scales.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: Optional[float] = None) -> None:
+        """Divide the active adapters' scales by `scale`, or set them back to 1."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.scales.get(adapter, 1.0) / scale)
+
+
+class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
+    """Routed LoRA on a linear module: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        ArrowLoraLayer.__init__(self, base_layer, get_apply_tensor_subclass=kwargs.pop("get_apply_tensor_subclass", None))
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **kwargs)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Base output plus the routed update, in the dtype of the base output; x is (..., I)."""
+        row_targets = kwargs.pop("row_targets", None)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        if row_targets is not None:
+            return self._mixed_batch(x, result, row_targets).to(dtype)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.experts:
+                result = result + self.routed_delta(adapter_name, x)
+        if self.inference_owner is not None and self.training and torch.is_grad_enabled():
+            result = trip_on_backward(result, self.inference_owner)
+        return result.to(dtype)
+
+    def routed_delta(self, adapter_name: str, x: torch.Tensor, pinned: Optional[int] = None) -> torch.Tensor:
+        """The weighted expert outputs, (..., O).
+
+        Args:
+            adapter_name (`str`): the PEFT adapter.
+            x (`torch.Tensor`): layer inputs (..., I).
+            pinned (`int`, *optional*): send every token to this expert (position in the layer) instead of routing.
+        """
+        num_experts = len(self.experts[adapter_name].positions)
+        x_TI = x.reshape(-1, x.shape[-1])
+        if pinned is None:
+            routing = self.route(adapter_name, x_TI)
+        else:
+            index_T1 = torch.full((x_TI.shape[0], 1), pinned, dtype=torch.int64, device=x.device)
+            routing = Routing(index_T1, torch.ones_like(index_T1, dtype=torch.float32))
+        if self.recorder is not None:
+            self.recorder(self, adapter_name, routing, x.shape[:-1])
+        stack = self.stack(adapter_name, x.device)
+        y_TO = routed_lora(
+            self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype),
+            stack,
+            routing.dense(num_experts),
+            aggregation=self.aggregations[adapter_name],
+            kernel=self.kernels[adapter_name],
+        )
+        return y_TO.reshape(*x.shape[:-1], self.out_features)
+
+    def route(self, adapter_name: str, x_TI: torch.Tensor) -> Routing:
+        """The experts of each token; scores are float32 whatever the dtype of x, and autocast does not change that."""
+        router = self.routers[adapter_name]
+        if router.uses_prototypes:
+            self.check_prototypes(adapter_name)
+        return router.route(x_TI, lambda x: self.project(adapter_name, x), len(self.experts[adapter_name].positions))
+
+    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, row_targets: list) -> torch.Tensor:
+        """Row b of the batch goes through `row_targets[b]`: (adapter, None), (adapter, expert position), or None."""
+        for target in dict.fromkeys(row_targets):
+            if target is None or target[0] not in self.experts:
+                continue
+            adapter_name, position = target
+            positions = self.experts[adapter_name].positions
+            if position is not None and position not in positions:
+                continue
+            pinned = None if position is None else positions.index(position)
+            rows = [row for row, wanted in enumerate(row_targets) if wanted == target]
+            result = result.index_add(
+                0,
+                torch.tensor(rows, device=x.device),
+                self.routed_delta(adapter_name, x[rows], pinned).to(result.dtype),
+            )
+        return result
+
+    def __repr__(self) -> str:
+        return "arrow_lora." + super().__repr__()

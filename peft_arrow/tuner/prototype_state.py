@@ -1,0 +1,93 @@
+"""When prototypes belong to the weights beside them, and when they are stale.
+
+A prototype row that is NaN has not been built. Besides, a layer remembers a fingerprint of each bank's weights (object and
+autograd version counter, which every in-place change raises, be it an optimizer step, `load_state_dict` or `copy_`); a
+different fingerprint at the next use makes the bank's experts stale. Edits through `.data` raise no counter and cannot be
+seen: `refresh_prototypes()` is for those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Optional
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+BUILD_LOCK = threading.RLock()
+_suspended = threading.local()
+_optimizer_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# FSDP keeps the version counters of gathered parameters constant, so that with it only the optimizer tells of a step.
+register_optimizer_step_post_hook(_count_step)
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists: then parameters may be sharded, and writes to gathered ones are thrown away."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def fingerprint(weights: list[torch.Tensor]) -> tuple:
+    """A value that changes whenever one of the weights does, except through `.data`."""
+    steps = _optimizer_steps if is_distributed() else 0
+    return (steps, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
+
+
+def is_materialised(*weights: torch.Tensor) -> bool:
+    """Whether the weights are plain tensors with data: not on the meta device, not shards, not fakes."""
+    return all(
+        type(w) in (torch.Tensor, torch.nn.Parameter) and w.device.type != "meta" and w.numel() > 0 for w in weights
+    )
+
+
+@contextlib.contextmanager
+def building_suspended() -> Iterator[None]:
+    """While weights are being loaded, reading a state dict must not build prototypes of weights about to be replaced."""
+    before = getattr(_suspended, "on", False)
+    _suspended.on = True
+    try:
+        yield
+    finally:
+        _suspended.on = before
+
+
+def is_building_suspended() -> bool:
+    """Whether this thread is inside `building_suspended`."""
+    return getattr(_suspended, "on", False)
+
+
+class PrototypeState:
+    """What one layer knows about the prototypes of one PEFT adapter.
+
+    Args:
+        num_banks (`int`): banks whose weights are watched.
+    """
+
+    def __init__(self) -> None:
+        self.fingerprints: dict[bool, Optional[tuple]] = {}
+        self.local: Optional[torch.Tensor] = None
+
+    def forget(self) -> None:
+        """Trust the stored rows as they are (NaN: not built) and remember the weights anew at the next use."""
+        self.fingerprints = {}
+        self.local = None
+
+    def __deepcopy__(self, memo: dict) -> PrototypeState:
+        copied = PrototypeState()
+        copied.local = self.local
+        return copied
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
