@@ -2,7 +2,7 @@
 
 The base is a Llama of two layers built here, so the script needs no download and runs on a CPU:
 
-    python examples/sft_train.py            # about a minute
+    python examples/sft_train.py            # about two minutes on two cores
     python examples/sft_train.py --smoke    # two steps each, as CI runs it
 
 Part 1 trains fresh experts. Part 2 starts from two adapters saved by plain PEFT LoRA and trains one of them; the other
@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from peft_arrow import ArrowLoraConfig
@@ -41,7 +41,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "attention_mask"],
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
     )
 
 
@@ -87,6 +92,7 @@ def train(base, tokenizer, rows: list[dict], peft_config, folder: Path, steps: i
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    trainer.remove_callback(PrinterCallback)
     result = trainer.train()
     trainer.save_model(str(folder))
     print(f"  {folder.name}: {result.global_step} steps, mean loss {result.training_loss:.3f}")
@@ -97,16 +103,16 @@ def logits_of(model, tokenizer) -> torch.Tensor:
     """Logits of one prompt of each task."""
     batch = tokenizer([rows[0]["prompt"] for rows in TASKS.values()], return_tensors="pt", padding=True)
     with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return model(**batch).logits
 
 
-def compare_reloaded(trained, tokenizer, folder: Path) -> None:
-    """Load `folder` over a fresh base, under another adapter name, and compare the logits bit for bit."""
+def compare_reloaded(trained, tokenizer, folder: Path, tolerance: float = 0.0) -> None:
+    """Load `folder` over a fresh base, under another adapter name, and compare the logits."""
     torch.manual_seed(1234)
     again = PeftModel.from_pretrained(make_base(len(tokenizer)), str(folder), adapter_name="again")
     difference = (logits_of(trained, tokenizer) - logits_of(again, tokenizer)).abs().max().item()
     print(f"  reloaded {folder.name}: largest difference of the logits {difference}")
-    assert difference == 0.0, "the reloaded model differs from the trained one"
+    assert difference <= tolerance, "the reloaded model differs from the trained one"
 
 
 def fresh_experts(tokenizer, root: Path, steps: int) -> None:
@@ -134,7 +140,8 @@ def experts_from_adapters(tokenizer, root: Path, steps: int) -> None:
     folders = [str(root / name) for name in TASKS]
     config = ArrowLoraConfig(adapters=folders, trainable_experts=["shout"], top_k=1, task_type="CAUSAL_LM")
     model = train(make_base(len(tokenizer)), tokenizer, TASKS["shout"], config, root / "routed", steps)
-    compare_reloaded(model, tokenizer, root / "routed")
+    # While a subset is trained its experts are kept and computed apart, so the sum is taken in another order.
+    compare_reloaded(model, tokenizer, root / "routed", tolerance=1e-5)
 
     for name in TASKS:
         moved = expert_moved(model, tokenizer, root, name)
@@ -143,7 +150,7 @@ def experts_from_adapters(tokenizer, root: Path, steps: int) -> None:
 
     batch = tokenizer([rows[0]["prompt"] for rows in TASKS.values()], return_tensors="pt", padding=True)
     with model.trace_routing() as trace, torch.no_grad():
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        model(**batch)
     print(trace.table())
 
 
@@ -164,6 +171,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to save the models (default: a temporary folder)")
     args = parser.parse_args()
     steps = 2 if args.smoke else 60
+    disable_progress_bars()
     tokenizer = make_tokenizer()
     with tempfile.TemporaryDirectory() as temporary:
         root = args.output or Path(temporary)

@@ -32,9 +32,9 @@ ROOMS = {
     "training": ["library"],
     "modeling": ["library", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
-    "quickstart": ["evaluation", "library", "modeling", "training"],
-    "cli": ["clustering", "evaluation", "library", "modeling", "quickstart", "training"],
     "": ["tuner"],
+    "quickstart": ["", "evaluation", "library", "modeling", "routers", "training", "tuner"],
+    "cli": ["", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.
 PACKAGES = {

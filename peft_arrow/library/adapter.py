@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -25,8 +25,8 @@ class AdapterRef:
     Args:
         source (`str` or `PathLike`):
             A folder with `adapter_config.json`, or a Hub id `user/repo` or `user/repo/sub/folder`, each also with
-            `@revision`. A `pathlib.Path` and strings that start with `/`, `./`, `../` or `~` are local; any other string
-            is local if such a folder exists.
+            `@revision`. A `pathlib.Path` and strings that start with `/`, `./`, `../` or `~` are local; any other
+            string is local if such a folder exists.
         subfolder (`str`, *optional*): folder inside the source.
         revision (`str`, *optional*): branch, tag or commit; `@revision` in the source wins over it.
         token (`str` or `bool`, *optional*): Hub token for this adapter.
@@ -34,11 +34,11 @@ class AdapterRef:
         local_files_only (`bool`): do not ask the Hub, use what is in the cache.
     """
 
-    source: Union[str, PathLike]
-    subfolder: Optional[str] = None
-    revision: Optional[str] = None
-    token: Union[str, bool, None] = field(default=None, repr=False)
-    cache_dir: Optional[str] = None
+    source: str | PathLike
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | None = None
     local_files_only: bool = False
 
     def locations(self) -> list[Location]:
@@ -74,7 +74,7 @@ class Adapter:
     source: str = "memory"
 
     @classmethod
-    def from_peft_model(cls, model: torch.nn.Module, adapter_name: str = "default", name: Optional[str] = None):
+    def from_peft_model(cls, model: torch.nn.Module, adapter_name: str = "default", name: str | None = None):
         """Take a LoRA adapter out of a `PeftModel`; its tensors are shared, not copied.
 
         Args:
@@ -92,26 +92,26 @@ class Adapter:
         return cls(name=check_name(name or adapter_name), config=config, tensors=tensors)
 
     @property
-    def base_model_name_or_path(self) -> Optional[str]:
+    def base_model_name_or_path(self) -> str | None:
         """The base model that the adapter's config names."""
         return self.config.get("base_model_name_or_path")
 
     @property
-    def task_type(self) -> Optional[str]:
+    def task_type(self) -> str | None:
         """PEFT's task type, such as `"CAUSAL_LM"`, or None."""
         task_type = self.config.get("task_type")
         return str(getattr(task_type, "value", task_type)) if task_type is not None else None
 
 
-AdapterLike = Union[str, PathLike, AdapterRef, Adapter, Location]
+AdapterLike = str | PathLike | AdapterRef | Adapter | Location
 
 
 def check_name(name: str) -> str:
     """Return an expert name that keeps the rule; raise a `ValueError` that states the rule otherwise."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(
-            f"expert name {name!r} is not allowed; a name is 1 to {NAME_LENGTH} characters of letters, digits, '_', '.' "
-            "and '-', not starting with a dot."
+            f"expert name {name!r} is not allowed; a name is 1 to {NAME_LENGTH} characters of letters, digits, '_', "
+            "'.' and '-', not starting with a dot."
         )
     return name
 
@@ -123,9 +123,9 @@ def slug(text: str) -> str:
 
 
 def list_locations(
-    adapters: Union[AdapterLike, Mapping[str, AdapterLike], Iterable[AdapterLike]],
-    defaults: Optional[AdapterRef] = None,
-) -> dict[str, Union[Adapter, Location]]:
+    adapters: AdapterLike | Mapping[str, AdapterLike] | Iterable[AdapterLike],
+    defaults: AdapterRef | None = None,
+) -> dict[str, Adapter | Location]:
     """Name every adapter and find where it lies, without reading its weights.
 
     Args:
@@ -158,7 +158,7 @@ def list_locations(
     return found
 
 
-def _single(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[AdapterLike]:
+def _single(reference: AdapterLike, defaults: AdapterRef | None) -> list[AdapterLike]:
     places = _find(reference, defaults)
     if len(places) == 1:
         raise ValueError(
@@ -168,7 +168,7 @@ def _single(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[Adap
     return [place for _, place in places]
 
 
-def _find(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[tuple[str, Union[Adapter, Location]]]:
+def _find(reference: AdapterLike, defaults: AdapterRef | None) -> list[tuple[str, Adapter | Location]]:
     if isinstance(reference, Adapter):
         return [(check_name(reference.name), reference)]
     if isinstance(reference, Location):
@@ -177,14 +177,14 @@ def _find(reference: AdapterLike, defaults: Optional[AdapterRef]) -> list[tuple[
         reference = replace(defaults or AdapterRef(""), source=reference)
     if not isinstance(reference, AdapterRef):
         raise TypeError(
-            f"adapters holds {reference!r} of type {type(reference).__name__}; allowed are a folder, a Hub id, a Path, "
-            "an AdapterRef and an Adapter."
+            f"adapters holds {reference!r} of type {type(reference).__name__}; allowed are a folder, a Hub id, a "
+            "Path, an AdapterRef and an Adapter."
         )
     return [(slug(place.label), place) for place in reference.locations()]
 
 
-def _with_unique_names(pairs: list[tuple[str, Union[Adapter, Location]]]) -> dict[str, Union[Adapter, Location]]:
-    found: dict[str, Union[Adapter, Location]] = {}
+def _with_unique_names(pairs: list[tuple[str, Adapter | Location]]) -> dict[str, Adapter | Location]:
+    found: dict[str, Adapter | Location] = {}
     for name, place in pairs:
         unique, count = name, 1
         while unique in found:
@@ -195,16 +195,16 @@ def _with_unique_names(pairs: list[tuple[str, Union[Adapter, Location]]]) -> dic
     return found
 
 
-def _renamed(place: Union[Adapter, Location], name: str) -> Union[Adapter, Location]:
+def _renamed(place: Adapter | Location, name: str) -> Adapter | Location:
     return replace(place, name=name) if isinstance(place, Adapter) else place
 
 
-def config_of(place: Union[Adapter, Location]) -> Mapping[str, Any]:
+def config_of(place: Adapter | Location) -> Mapping[str, Any]:
     """The adapter's config, read without its weights."""
     return place.config if isinstance(place, Adapter) else read_config(place)
 
 
-def load(name: str, place: Union[Adapter, Location]) -> Adapter:
+def load(name: str, place: Adapter | Location) -> Adapter:
     """Read the adapter's weights.
 
     Raises:

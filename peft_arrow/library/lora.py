@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
+from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
 from .adapter import Adapter
 
@@ -26,7 +26,7 @@ REFUSED = {
     "kasa_config": "KaSA inserts learned singular values",
     "velora_config": "VeLoRA changes how activations are stored for training",
     "monteclora_config": "MonteCLoRA samples its weights",
-    "arrow_config": "the adapter is a router of PEFT's Arrow, not an expert; pass the folder that holds task_0, task_1, ...",
+    "arrow_config": "it is a router of PEFT's Arrow, not an expert; pass the folder that holds task_0, task_1, ...",
     "megatron_config": "Megatron's parallel layers are not supported",
 }
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -56,14 +56,16 @@ class LoraContent:
         factors (`dict[str, Factors]`): by the base's module name.
         saved (`dict[str, torch.Tensor]`): fully trained modules (`modules_to_save`), by parameter name.
         saved_modules (`tuple[str, ...]`): the entries of the config's `modules_to_save`.
-        biases (`dict[str, torch.Tensor]`): trained biases of the base, by parameter name.
+        copies (`dict[str, torch.Tensor]`):
+            other parameters of the base that the file holds, by name: biases (`bias="all"`) and embeddings, which PEFT
+            saves when the vocabulary was resized or the output layer is a target.
         dropout (`float`): the adapter's `lora_dropout`.
     """
 
     factors: dict[str, Factors]
     saved: dict[str, torch.Tensor]
     saved_modules: tuple[str, ...]
-    biases: dict[str, torch.Tensor]
+    copies: dict[str, torch.Tensor]
     dropout: float
 
 
@@ -71,16 +73,18 @@ def check_kind(name: str, source: str, config: Mapping[str, Any]) -> None:
     """Raise a `ValueError` that names the feature and the reason if the adapter is not a plain LoRA."""
     peft_type = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
     if peft_type != "LORA":
-        raise ValueError(f"adapter {name!r} ({source}): peft_type is {peft_type!r}; only 'LORA' adapters can be routed.")
+        raise ValueError(
+            f"adapter {name!r} ({source}): peft_type is {peft_type!r}; only 'LORA' adapters can be routed."
+        )
     for option, reason in REFUSED.items():
         if config.get(option):
             raise ValueError(f"adapter {name!r} ({source}): {option}={config[option]!r} is not supported: {reason}.")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS) and init not in KEPT_BASE_CHANGING_INITS:
         raise ValueError(
-            f"adapter {name!r} ({source}): init_lora_weights={init!r} changed the base weights in training in a way that "
-            "the adapter's files do not tell; save it with path_initial_model_for_weight_conversion, which makes a plain "
-            "LoRA of it."
+            f"adapter {name!r} ({source}): init_lora_weights={init!r} changed the base weights in training in a way "
+            "that the adapter's files do not tell; save it with path_initial_model_for_weight_conversion, which makes a "
+            "plain LoRA of it."
         )
 
 
@@ -91,14 +95,14 @@ def read_lora(adapter: Adapter) -> LoraContent:
         ValueError: a tensor is missing, unexpected, misshapen, not finite, or the whole update is zero.
     """
     check_kind(adapter.name, adapter.source, adapter.config)
-    halves, saved, biases = _sort_tensors(adapter)
+    halves, saved, copies = _sort_tensors(adapter)
     if not halves:
         raise ValueError(f"{_where(adapter)}: the file holds no lora_A and lora_B tensors.")
     factors = {module: _factors(adapter, module, halves[module]) for module in sorted(halves)}
     if all(not factor.lora_B.any() or not factor.lora_A.any() for factor in factors.values()):
         raise ValueError(f"{_where(adapter)}: the whole update is zero (lora_A or lora_B is 0 in every module).")
     modules_to_save = tuple(name for name in adapter.config.get("modules_to_save") or [] if _owns_any(name, saved))
-    return LoraContent(factors, saved, modules_to_save, biases, float(adapter.config.get("lora_dropout") or 0.0))
+    return LoraContent(factors, saved, modules_to_save, copies, float(adapter.config.get("lora_dropout") or 0.0))
 
 
 def _where(adapter: Adapter) -> str:
@@ -108,7 +112,7 @@ def _where(adapter: Adapter) -> str:
 def _sort_tensors(adapter: Adapter):
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
-    biases: dict[str, torch.Tensor] = {}
+    copies: dict[str, torch.Tensor] = {}
     modules_to_save = list(adapter.config.get("modules_to_save") or [])
     unexpected = []
     for key, tensor in adapter.tensors.items():
@@ -117,14 +121,18 @@ def _sort_tensors(adapter: Adapter):
         if half in ("A.weight", "B.weight"):
             halves.setdefault(module, {})[half[0]] = tensor
         elif "lora_embedding_" in path:
-            raise ValueError(f"{_where(adapter)}: {key} adapts an embedding, which is not supported: routing scores the "
-                             "input of a linear module, and an embedding's input is a token id.")
+            raise ValueError(
+                f"{_where(adapter)}: {key} adapts an embedding, which is not supported: routing scores the input of a "
+                "linear module, and an embedding's input is a token id."
+            )
         elif "lora_magnitude_vector" in path:
-            raise ValueError(f"{_where(adapter)}: {key} belongs to DoRA, which is not supported: {REFUSED['use_dora']}.")
+            raise ValueError(
+                f"{_where(adapter)}: {key} belongs to DoRA, which is not supported: {REFUSED['use_dora']}."
+            )
         elif _belongs_to(path, modules_to_save):
             saved[path] = tensor
-        elif path.endswith(".bias") and adapter.config.get("bias", "none") != "none":
-            biases[path.replace(".base_layer.", ".")] = tensor
+        elif _is_copy(path, adapter.config):
+            copies[path.replace(".base_layer.", ".")] = tensor
         else:
             unexpected.append(key)
     if unexpected:
@@ -132,7 +140,12 @@ def _sort_tensors(adapter: Adapter):
             f"{_where(adapter)}: {len(unexpected)} tensors are neither LoRA factors nor listed in modules_to_save: "
             f"{', '.join(unexpected[:3])}."
         )
-    return halves, saved, biases
+    return halves, saved, copies
+
+
+def _is_copy(path: str, config: Mapping[str, Any]) -> bool:
+    parameter = path.removesuffix(".base_layer.weight").removesuffix(".weight").rpartition(".")[2]
+    return (path.endswith(".bias") and config.get("bias", "none") != "none") or parameter in EMBEDDING_LAYER_NAMES
 
 
 def _owns_any(name: str, saved: Mapping[str, torch.Tensor]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -35,12 +35,12 @@ class Location:
         revision, token, cache_dir, local_files_only: passed to `hf_hub_download`.
     """
 
-    folder: Optional[Path] = None
-    repo_id: Optional[str] = None
-    subfolder: Optional[str] = None
-    revision: Optional[str] = None
-    token: Union[str, bool, None] = field(default=None, repr=False)
-    cache_dir: Optional[str] = None
+    folder: Path | None = None
+    repo_id: str | None = None
+    subfolder: str | None = None
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | None = None
     local_files_only: bool = False
 
     @property
@@ -72,7 +72,7 @@ class Location:
         )
 
 
-def locate(source: Union[str, PathLike], *, subfolder: Optional[str] = None, **hub: Any) -> list[Location]:
+def locate(source: str | PathLike, *, subfolder: str | None = None, **hub: Any) -> list[Location]:
     """Every adapter that a reference stands for, in order.
 
     Raises:
@@ -96,7 +96,7 @@ def _locate_folder(text: str, folder: Path) -> list[Location]:
     raise ValueError(f"adapter {text!r}: the folder {str(folder)!r} holds no {CONFIG_NAME}.")
 
 
-def _locate_on_hub(text: str, subfolder: Optional[str], hub: dict[str, Any]) -> list[Location]:
+def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> list[Location]:
     reference, _, revision = text.partition("@")
     parts = [part for part in reference.split("/") if part]
     if len(parts) < 2:
@@ -178,7 +178,7 @@ def _why_no_weights(place: Location, error: Exception) -> str:
             has_pickle = False
     if has_pickle:
         return (
-            f"there is only {PICKLE_NAME}, a pickle, which can run code when it is read; load it with PEFT if you trust "
-            f"it and save it again, which writes {WEIGHTS_NAME}."
+            f"there is only {PICKLE_NAME}, a pickle, which can run code when it is read; load it with PEFT if you "
+            f"trust it and save it again, which writes {WEIGHTS_NAME}."
         )
     return f"{WEIGHTS_NAME} cannot be read: {error}"

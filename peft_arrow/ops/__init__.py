@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -31,15 +31,14 @@ def check_kernel(name: str) -> str:
 
 def select_kernel(name: str) -> str:
     """The kernel that runs for a requested name. `"auto"` takes `folded`, which no measured case loses to `eager`."""
-    if name != "auto":
-        return name
-    _log_choice("folded")
-    return "folded"
+    return "folded" if name == "auto" else name
 
 
-@lru_cache(maxsize=None)
-def _log_choice(choice: str) -> None:
-    logger.info("kernel='auto' chose %r.", choice)
+@cache
+def log_choice(name: str) -> None:
+    """Say once what `"auto"` stands for; not in the forward, where a log call would break a compiled graph."""
+    if name == "auto":
+        logger.info("kernel='auto' chose %r.", select_kernel(name))
 
 
 def routed_lora(
@@ -60,4 +59,13 @@ def routed_lora(
     return KERNELS[select_kernel(kernel)](x_TI, stack, weights_TE, aggregation)
 
 
-__all__ = ["AGGREGATIONS", "KERNELS", "ExpertBank", "ExpertStack", "check_kernel", "routed_lora", "select_kernel"]
+__all__ = [
+    "AGGREGATIONS",
+    "KERNELS",
+    "ExpertBank",
+    "ExpertStack",
+    "check_kernel",
+    "log_choice",
+    "routed_lora",
+    "select_kernel",
+]

@@ -10,8 +10,8 @@ from .stack import ExpertBank, ExpertStack, shrink
 def eager(x_TI: torch.Tensor, stack: ExpertStack, weights_TE: torch.Tensor, aggregation: str) -> torch.Tensor:
     """Apply the routed experts one after the other.
 
-    `aggregation="output"`: y = sum_i w_i s_i B_i (A_i x). `aggregation="parameter"` (arXiv 2405.11157, section 4.1, with
-    each expert's scaling on its output factor): y = (sum_j w_j s_j B_j) (sum_i w_i A_i) x.
+    `aggregation="output"`: y = sum_i w_i s_i B_i (A_i x). `aggregation="parameter"` (arXiv 2405.11157, section 4.1,
+    with each expert's scaling on its output factor): y = (sum_j w_j s_j B_j) (sum_i w_i A_i) x.
 
     Args:
         x_TI (`torch.Tensor`): layer inputs (T, I) in the dtype of the factors.
@@ -38,4 +38,4 @@ def _shrunk_experts(x_TI: torch.Tensor, bank: ExpertBank, training: bool):
     """Yield (position in the layer, A_i x, B_i, scaling) for the experts of a bank."""
     pieces_Tr = shrink(x_TI, bank, training).split(bank.ranks, dim=-1)
     lora_B = bank.lora_B.weight.split(bank.ranks, dim=1)
-    yield from zip(bank.experts, pieces_Tr, lora_B, bank.scalings)
+    yield from zip(bank.experts, pieces_Tr, lora_B, bank.scalings, strict=True)

@@ -18,11 +18,11 @@ def folded(x_TI: torch.Tensor, stack: ExpertStack, weights_TE: torch.Tensor, agg
     if aggregation == "parameter":
         mixed_Tr = sum(
             (z_TR * gate_TR.to(z_TR.dtype)).unflatten(1, (len(bank.ranks), bank.ranks[0])).sum(1)
-            for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR)
+            for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR, strict=True)
         )
         shrunk_TR = [mixed_Tr.repeat(1, len(bank.ranks)) for bank in stack.banks]
     y_TO = None
-    for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR):
+    for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR, strict=True):
         delta_TO = _expand(z_TR, bank, gate_TR)
         y_TO = delta_TO if y_TO is None else y_TO + delta_TO
     return y_TO

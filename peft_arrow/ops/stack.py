@@ -1,7 +1,7 @@
 """What a kernel is given: the experts of one layer, stacked.
 
-Shape letters used in the package: T tokens (batch and sequence flattened), E experts of the layer, K chosen experts per
-token, R sum of the ranks of a bank, I in_features, O out_features.
+Shape letters used in the package: T tokens (batch and sequence flattened), E experts of the layer, K chosen experts
+per token, R sum of the ranks of a bank, I in_features, O out_features.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,9 +62,7 @@ def judge_rows(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows:
     return Score((losses.sum() / counted.sum()).item(), exact.float().mean().item(), row_losses.tolist())
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Left-padded inputs (B, S), and labels (B, C) for the last C positions with -100 before each completion."""
     prompts = [tokenizer(row.prompt).input_ids for row in rows]
     completions = [tokenizer(row.completion).input_ids + [tokenizer.eos_token_id] for row in rows]
@@ -74,20 +72,6 @@ def encode(
     mask = torch.stack([pad(torch.ones_like(pair), (length - len(pair), 0)) for pair in pairs])
     labels = [pad(torch.tensor(completion), (kept - len(completion), 0), value=-100) for completion in completions]
     return {"input_ids": ids, "attention_mask": mask}, torch.stack(labels)
-
-
-def cached(path: Path, fingerprint: str, compute: Callable[[], dict]) -> dict:
-    """The JSON value in `path` if it was computed under `fingerprint`, otherwise `compute()`, which is stored."""
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if stored["fingerprint"] == fingerprint:
-            return stored["value"]
-    value = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps({"fingerprint": fingerprint, "value": value}))
-    partial.rename(path)
-    return value
 
 
 def files_fingerprint(folders: Sequence[Path], settings: object) -> str:
@@ -120,25 +104,16 @@ class PlainJudge:
         return judge_rows(self.model, self.tokenizer, rows)
 
 
-def best_single(judge: PlainJudge, names: Sequence[str], rows: Mapping[str, Sequence[Row]], on_done: Callable) -> str:
-    """The adapter with the lowest loss, averaged over the tasks of `rows`."""
+def best_single(judge: PlainJudge, rows: Mapping[str, Sequence[Row]]) -> str:
+    """The adapter with the lowest mean row loss, averaged over the tasks of `rows`; the adapters carry task names."""
     together = [row for task_rows in rows.values() for row in task_rows]
-    sizes = [len(task_rows) for task_rows in rows.values()]
     means = {}
-    for name in names:
-        row_losses = iter(judge.single(name, together).row_losses)
-        means[name] = statistics.fmean(statistics.fmean(next(row_losses) for _ in range(size)) for size in sizes)
-        on_done()
+    for name in rows:
+        losses = iter(judge.single(name, together).row_losses)
+        means[name] = statistics.fmean(
+            statistics.fmean(next(losses) for _ in task_rows) for task_rows in rows.values()
+        )
     return min(means, key=means.__getitem__)
-
-
-def judge_tasks(judge: Callable[[str], Score], names: Sequence[str], on_done: Callable) -> dict[str, dict]:
-    """`judge(task)` for every task, as JSON values; `on_done()` after each."""
-    scores = {}
-    for name in names:
-        scores[name] = asdict(judge(name))
-        on_done()
-    return scores
 
 
 def use_random_routing(model: PeftModel, top_k: int, seed: int) -> None:

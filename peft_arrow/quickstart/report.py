@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..tuner.trace_report import draw_heat_map, layer_labels, new_figure, routing_shares
+from .judge import encode
 
 
 Scores = Mapping[str, Mapping[str, Mapping]]
@@ -85,9 +86,7 @@ def markdown_table(title: str, cells: Sequence[Sequence[str]]) -> str:
 
 def paired_difference(ours: Mapping[str, Mapping], other: Mapping[str, Mapping], draws: int = 2000) -> tuple:
     """Mean over tasks of the per-row loss of `ours` minus `other`, with a 95 % bootstrap interval over rows."""
-    gaps = [
-        [a - b for a, b in zip(ours[task]["row_losses"], other[task]["row_losses"], strict=True)] for task in ours
-    ]
+    gaps = [[a - b for a, b in zip(ours[task]["row_losses"], other[task]["row_losses"], strict=True)] for task in ours]
     rng = random.Random(0)
     means = sorted(
         statistics.fmean(statistics.fmean(rng.choices(rows, k=len(rows))) for rows in gaps) for _ in range(draws)
@@ -97,13 +96,62 @@ def paired_difference(ours: Mapping[str, Mapping], other: Mapping[str, Mapping],
 
 
 def comparison_lines(methods: Scores) -> list[str]:
-    """Arrow against every other method in loss, as sentences."""
-    lines = ["Arrow minus the other, mean row loss over tasks (below 0: Arrow is better), 95 % bootstrap over rows:"]
+    """Arrow against every other method in loss, one line each."""
+    lines = [
+        "Arrow minus the other: row loss, mean over tasks (below 0: Arrow is better), with 95 % bootstrap over rows"
+    ]
     for name, scores in methods.items():
         if name != "arrow":
             center, low, high = paired_difference(methods["arrow"], scores)
-            lines.append(f"  {name:<12} {center:+.2f}  [{low:+.2f}, {high:+.2f}]")
+            lines.append(f"  {name:<9} {center:+.3f}  [{low:+.3f}, {high:+.3f}]")
     return lines
+
+
+def explanation(result: Mapping) -> list[str]:
+    """What the columns of the tables are."""
+    settings, methods = result["settings"], result["methods"]
+    items = len(next(iter(methods["base"].values()))["row_losses"])
+    return [
+        f"{items} held-out rows a task; no entity and no template of them is in a training row.",
+        "uniform: every adapter with the same weight.",
+        f"random: {settings['top_k']} random adapters for each token and layer (mean of {settings['seeds']} seeds, "
+        "± standard deviation over seeds).",
+        f"single: {result['best_single']!r} for everything, the adapter with the lowest mean loss on training rows.",
+        f"arrow: Arrow routing between all adapters, top_k={settings['top_k']}.",
+        "own: each task with its own adapter (oracle).",
+    ]
+
+
+def render_text(result: Mapping) -> str:
+    """The tables and comparisons as plain text."""
+    methods = result["methods"]
+    tables = [text_table(measure.title, table_cells(methods, measure)) for measure in (LOSS, EXACT)]
+    return "\n\n".join([*tables, "\n".join(explanation(result)), "\n".join(comparison_lines(methods))])
+
+
+def render_markdown(result: Mapping) -> str:
+    """The same as Markdown."""
+    methods = result["methods"]
+    tables = [markdown_table(measure.title, table_cells(methods, measure)) for measure in (LOSS, EXACT)]
+    comparison = "```\n" + "\n".join(comparison_lines(methods)) + "\n```"
+    return "\n\n".join([*tables, "\n".join(f"- {line}" for line in explanation(result)), comparison])
+
+
+def render_answers(answers: Mapping[str, Mapping[str, str]]) -> str:
+    """A mixed batch: prompt, what was expected, and the first line of what the routed model and the base wrote."""
+    lines = ["One batch of prompts, answered by the routed model:"]
+    for name, answer in answers.items():
+        lines.append(f"\n[{name}] {answer['prompt'].strip()}")
+        for key in ("expected", "arrow", "base"):
+            if answer[key]:
+                lines.append(f"  {key + ':':<10}{shorten(answer[key])}")
+    return "\n".join(lines)
+
+
+def shorten(text: str, width: int = 90) -> str:
+    """`text` on one line of at most `width` characters."""
+    line = " \u21b5 ".join(text.strip().splitlines())
+    return line if len(line) <= width else line[: width - 1] + "\u2026"
 
 
 def draw_by_task(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str], path: Path) -> None:
@@ -146,7 +194,7 @@ def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[st
     figure.savefig(path, dpi=110)
 
 
-def task_shares(model, tokenizer, rows_of: Mapping[str, Sequence], encode) -> dict[str, dict[str, list]]:
+def task_shares(model, tokenizer, rows_of: Mapping[str, Sequence]) -> dict[str, dict[str, list]]:
     """For each task, layer -> share of each expert, over all tokens of its rows."""
     shares = {}
     for task, rows in rows_of.items():

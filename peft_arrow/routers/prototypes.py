@@ -14,10 +14,10 @@ CHUNK = 64
 def top_right_singular_vectors(lora_A: Sequence[torch.Tensor], lora_B: Sequence[torch.Tensor]) -> torch.Tensor:
     """v_i = argmax over unit v of |B_i A_i v| (arXiv 2405.11157, section 4.1).
 
-    With A^T = Q R, the right singular vectors of B A are Q times the eigenvectors of the r x r matrix R (B^T B) R^T, so
-    no matrix of the size of the base weight is made. Factors are scaled to largest entry 1 first, so that tiny updates
-    lose nothing, and the work is done in float64 where the device has it. An expert with B = 0 gets the top right
-    singular vector of A. The sign is fixed: the entry of largest magnitude is positive.
+    With A^T = Q R, the right singular vectors of B A are Q times the eigenvectors of the r x r matrix R (B^T B) R^T,
+    so no matrix of the size of the base weight is made. Factors are scaled to largest entry 1 first, so that tiny
+    updates lose nothing, and the work is done in float64 where the device has it. An expert with B = 0 gets the top
+    right singular vector of A. The sign is fixed: the entry of largest magnitude is positive.
 
     Args:
         lora_A (`Sequence[torch.Tensor]`): E tensors (r_i, I); ranks may differ.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Optional
 
 import torch
 from torch import nn
@@ -14,19 +13,19 @@ from .layouts import LayerExperts
 BANKS = {True: ("arrow_lora_A", "arrow_lora_B"), False: ("arrow_lora_frozen_A", "arrow_lora_frozen_B")}
 
 
-def bank_modules(layer, adapter_name: str, is_main: bool) -> tuple[nn.Linear, nn.Linear]:
+def bank_modules(layer: nn.Module, adapter_name: str, is_main: bool) -> tuple[nn.Linear, nn.Linear]:
     """lora_A and lora_B of a bank."""
     name_A, name_B = BANKS[is_main]
     return getattr(layer, name_A)[adapter_name], getattr(layer, name_B)[adapter_name]
 
 
 def add_bank(
-    layer,
+    layer: nn.Module,
     adapter_name: str,
     experts: LayerExperts,
     is_main: bool,
-    weights: Optional[list[tuple[torch.Tensor, torch.Tensor]]],
-    init_weights: Optional[bool],
+    weights: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    init_weights: bool | None,
 ) -> None:
     """Make one bank of a layer anew; an empty bank is left out."""
     containers = [getattr(layer, name) for name in BANKS[is_main]]
@@ -48,7 +47,7 @@ def add_bank(
         shapes = ((layer.in_features, rank), (rank, layer.out_features))
         modules = [_empty_linear(*shape) for shape in shapes]
         _init_fresh(*modules, experts, members, init_weights)
-    for container, module in zip(containers, modules):
+    for container, module in zip(containers, modules, strict=True):
         container[adapter_name] = module
 
 
@@ -62,8 +61,8 @@ def _widest(tensors: list[torch.Tensor]) -> torch.dtype:
 def _linear_from(weight: torch.Tensor) -> nn.Linear:
     """A linear module around existing data.
 
-    The parameter is put in its place directly: under `low_cpu_mem_usage=True` PEFT patches the registration of parameters
-    so that it drops their data.
+    The parameter is put in its place directly: under `low_cpu_mem_usage=True` PEFT patches the registration of
+    parameters so that it drops their data.
     """
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     module._parameters["weight"] = nn.Parameter(weight.detach().contiguous())
@@ -116,14 +115,16 @@ def column_tensors(experts: LayerExperts, scale: float, device: torch.device) ->
     return tuple(columns)
 
 
-def join_banks(experts: LayerExperts, main: Optional[torch.Tensor], frozen: Optional[torch.Tensor], dim: int):
+def join_banks(
+    experts: LayerExperts, main: torch.Tensor | None, frozen: torch.Tensor | None, dim: int
+) -> torch.Tensor | None:
     """One stack in routing order from the two banks' factors; `dim` is that of the rank (0 for A, 1 for B)."""
     if frozen is None or main is None:
         return main if frozen is None else frozen
     pieces: dict[int, torch.Tensor] = {}
     for is_main, weight in ((True, main), (False, frozen)):
         members = experts.bank(is_main)
-        pieces.update(zip(members, weight.split([experts.ranks[e] for e in members], dim=dim)))
+        pieces.update(zip(members, weight.split([experts.ranks[e] for e in members], dim=dim), strict=True))
     return torch.cat([pieces[e] for e in range(len(experts.ranks))], dim=dim)
 
 

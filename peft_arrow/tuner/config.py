@@ -6,7 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, Optional, Union
+from typing import Any
 
 from peft import PeftConfig
 
@@ -36,8 +36,8 @@ class ArrowLoraConfig(PeftConfig):
         top_k (`int`): Experts per token; more than a module has means all it has.
         router_temperature (`float`): Divides the kept scores before the softmax.
         aggregation (`str`):
-            `"output"`: sum of the weighted expert outputs. `"parameter"`: weighted sums of the A's and of the B's, as in
-            arXiv 2405.11157; needs one rank per module, each expert's scaling goes to its B.
+            `"output"`: sum of the weighted expert outputs. `"parameter"`: weighted sums of the A's and of the B's, as
+            in arXiv 2405.11157; needs one rank per module, each expert's scaling goes to its B.
         trainable_experts (`"all"` or `list[str]`, *optional*):
             Experts that train when the model is trainable. None means all, `[]` none.
         prototype_update (`str`):
@@ -60,42 +60,40 @@ class ArrowLoraConfig(PeftConfig):
     """
 
     adapters: Any = field(default=None, repr=False, metadata={"help": "The LoRA adapters to route between."})
-    expert_names: Optional[list[str]] = field(default=None, metadata={"help": "Expert names in routing order."})
+    expert_names: list[str] | None = field(default=None, metadata={"help": "Expert names in routing order."})
     router: str = field(default="arrow", metadata={"help": "The router's name."})
     top_k: int = field(default=4, metadata={"help": "Experts per token."})
     router_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature over the kept scores."})
     aggregation: str = field(default="output", metadata={"help": "'output' or 'parameter'."})
-    trainable_experts: Optional[Union[str, list[str]]] = field(
+    trainable_experts: str | list[str] | None = field(
         default=None, metadata={"help": "None or 'all', or a list of expert names, [] for none."}
     )
     prototype_update: str = field(default="step", metadata={"help": "'step' or 'frozen'."})
-    num_experts: Optional[int] = field(default=None, metadata={"help": "Number of fresh experts."})
+    num_experts: int | None = field(default=None, metadata={"help": "Number of fresh experts."})
     r: int = field(default=8, metadata={"help": "Rank of a fresh expert."})
     lora_alpha: float = field(default=8, metadata={"help": "Alpha of a fresh expert."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Input dropout of a fresh expert."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale fresh experts by alpha / sqrt(r)."})
     init_weights: bool = field(default=True, metadata={"help": "True: zero lora_B; False: random lora_B."})
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of the modules to adapt."}
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names or a regular expression of the modules to leave alone."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "The layer indices to adapt."}
-    )
-    layers_pattern: Optional[Union[list[str], str]] = field(
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "The layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The name of the layer list, used with layers_to_transform."}
     )
-    modules_to_save: Optional[list[str]] = field(default=None, metadata={"help": "Modules trained in full."})
-    modules_to_save_from: Optional[str] = field(default=None, metadata={"help": "The expert whose heads are used."})
-    trainable_token_indices: Optional[Union[list[int], dict[str, list[int]]]] = field(
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full."})
+    modules_to_save_from: str | None = field(default=None, metadata={"help": "The expert whose heads are used."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Token embeddings to train."}
     )
-    layer_replication: Optional[list] = field(default=None, metadata={"help": "Ranges of layers to stack."})
-    layouts: Optional[list[dict]] = field(default=None, repr=False, metadata={"help": "Shapes of the experts."})
-    expert_layouts: Optional[list[int]] = field(default=None, repr=False, metadata={"help": "Layout of each expert."})
-    expert_sources: Optional[list] = field(default=None, repr=False, metadata={"help": "Source of each expert."})
+    layer_replication: list | None = field(default=None, metadata={"help": "Ranges of layers to stack."})
+    layouts: list[dict] | None = field(default=None, repr=False, metadata={"help": "Shapes of the experts."})
+    expert_layouts: list[int] | None = field(default=None, repr=False, metadata={"help": "Layout of each expert."})
+    expert_sources: list | None = field(default=None, repr=False, metadata={"help": "Source of each expert."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __post_init__(self):
@@ -124,8 +122,8 @@ class ArrowLoraConfig(PeftConfig):
             raise ValueError(f"format_version={self.format_version!r} is not allowed; it must be a whole number.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"format_version={self.format_version} is newer than {FORMAT_VERSION}, the newest that this peft-arrow "
-                "reads; upgrade it with: pip install -U peft-arrow."
+                f"format_version={self.format_version} is newer than {FORMAT_VERSION}, the newest that this "
+                "peft-arrow reads; upgrade it with: pip install -U peft-arrow."
             )
 
     def _check_fresh(self) -> None:
@@ -143,7 +141,9 @@ class ArrowLoraConfig(PeftConfig):
         names = self.expert_names
         if names is not None:
             self.expert_names = names = [check_name(name) for name in names]
-            repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            repeated = (
+                sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+            )
             if repeated:
                 raise ValueError(f"expert_names holds {repeated[0]!r} more than once; names must differ.")
             if self.num_experts is not None and len(names) != self.num_experts:

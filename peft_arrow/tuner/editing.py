@@ -5,38 +5,39 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from peft.utils import _get_submodules
 
 from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load
 from ..library.lora import LoraContent
+from .base_modules import BaseModules, is_match
 from .config import ArrowLoraConfig
 from .export import export_lora
 from .heads import saved_modules
 from .layer import ArrowLoraLayer
 from .layouts import LayerExperts
-from .resolve import BaseModules, add_layout, check_equal_ranks, fit_to_base, is_match
+from .resolve import add_layout, check_equal_ranks, fit_to_base
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """The experts that one module is to have, with their factors and the prototypes that stay valid (NaN: none)."""
 
-    experts: Optional[LayerExperts]
+    experts: LayerExperts | None
     weights: list[tuple[torch.Tensor, torch.Tensor]]
-    prototypes_EI: Optional[torch.Tensor]
+    prototypes_EI: torch.Tensor | None
 
 
 class EditingMixin:
     """Methods of `ArrowLoraModel` that change which experts there are."""
 
-    def add_expert(self, ref: AdapterLike, name: Optional[str] = None) -> None:
+    def add_expert(self, ref: AdapterLike, name: str | None = None) -> None:
         """Add an adapter (or all of a library) to the active adapter's experts; nothing changes if it does not fit.
 
-        An optimizer made before holds the old parameters: make a new one. In a model with `trainable_experts=[...]` the
-        new expert is frozen.
+        An optimizer made before holds the old parameters: make a new one. In a model with `trainable_experts=[...]`
+        the new expert is frozen.
 
         Args:
             ref: a reference as in `adapters`.
@@ -79,7 +80,9 @@ class EditingMixin:
         if name not in config.expert_names:
             raise ValueError(f"name={name!r} is not an expert; experts are {config.expert_names}.")
         if len(config.expert_names) == 1:
-            raise ValueError(f"name={name!r} is the last expert; delete_adapter({adapter_name!r}) removes the whole adapter.")
+            raise ValueError(
+                f"name={name!r} is the last expert; delete_adapter({adapter_name!r}) removes the whole adapter."
+            )
         draft = _draft(config)
         position = config.expert_names.index(name)
         for entries in (draft.expert_names, draft.expert_layouts, draft.expert_sources):
@@ -90,9 +93,9 @@ class EditingMixin:
 
     def export_lora(
         self,
-        folder: Union[str, PathLike],
-        weights: Union[str, dict[str, float]] = "uniform",
-        rank: Optional[int] = None,
+        folder: str | PathLike,
+        weights: str | dict[str, float] = "uniform",
+        rank: int | None = None,
         method: str = "svd",
     ) -> dict[str, Any]:
         """Write one plain PEFT LoRA: the weighted mean of the experts' delta-W; see [`peft_arrow.tuner.export`]."""
@@ -105,8 +108,8 @@ class EditingMixin:
         for key, tensor in content.saved.items():
             if key not in current or not torch.equal(current[key].detach().to(tensor), tensor):
                 raise ValueError(
-                    f"adapter {adapter.name!r} ({adapter.source}): it brings its own trained module {key!r}, and the model "
-                    "has another one; build the model from all adapters with modules_to_save_from=<expert name>."
+                    f"adapter {adapter.name!r} ({adapter.source}): it brings its own trained module {key!r}, and the "
+                    "model has another one; build the model from all adapters with modules_to_save_from=<expert name>."
                 )
 
     def _apply_draft(self, adapter_name: str, draft: ArrowLoraConfig, contents: dict[str, LoraContent]) -> None:
@@ -135,7 +138,11 @@ class EditingMixin:
         factors = layer.expert_factors(adapter_name) if is_present else []
         rows_EI = layer.arrow_lora_router[adapter_name].weight.detach() if is_present else None
         stale = set(layer.stale_experts(adapter_name)) if is_present else set()
-        like = next(iter(self.routed_layers().values())).expert_factors(adapter_name)[0][0] if not factors else factors[0][0]
+        like = (
+            next(iter(self.routed_layers().values())).expert_factors(adapter_name)[0][0]
+            if not factors
+            else factors[0][0]
+        )
         weights, prototypes = [], []
         for position in experts.positions:
             name = draft.expert_names[position]

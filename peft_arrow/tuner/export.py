@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from os import PathLike
-from typing import Any, Union
+from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +21,7 @@ METHODS = ("svd", "cat")
 
 
 def export_lora(
-    tuner, folder: Union[str, PathLike], *, weights: Union[str, dict[str, float]], rank, method: str
+    tuner: BaseTuner, folder: str | PathLike, *, weights: str | dict[str, float], rank: int | None, method: str
 ) -> dict[str, Any]:
     """Write sum_i w_i delta-W_i of the active adapter's experts as a LoRA that plain PEFT loads; alpha is in lora_B.
 
@@ -44,7 +45,9 @@ def export_lora(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; allowed are {', '.join(map(repr, METHODS))}.")
     if rank is not None and (method == "cat" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank={rank!r} is not allowed; it is a whole number of at least 1, and only for method='svd'.")
+        raise ValueError(
+            f"rank={rank!r} is not allowed; it is a whole number of at least 1, and only for method='svd'."
+        )
     layers = {name: layer for name, layer in tuner.routed_layers().items() if adapter_name in layer.experts}
     if rank is None and method == "svd":
         rank = max(max(layer.experts[adapter_name].ranks) for layer in layers.values())
@@ -63,7 +66,7 @@ def export_lora(
     return {"rank": max(ranks.values()), "lost_norm": (lost / (kept + lost)) ** 0.5 if kept + lost else 0.0}
 
 
-def _expert_weights(weights: Union[str, dict[str, float]], names: list[str]) -> list[float]:
+def _expert_weights(weights: str | dict[str, float], names: list[str]) -> list[float]:
     if weights == "uniform":
         return [1.0 / len(names)] * len(names)
     if not isinstance(weights, dict):
@@ -78,15 +81,17 @@ def _expert_weights(weights: Union[str, dict[str, float]], names: list[str]) -> 
 def _concatenated(layer, adapter_name: str, weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     """A (sum of ranks, I) and B (O, sum of ranks) whose product is the weighted sum, float32 on the CPU."""
     experts = layer.experts[adapter_name]
-    lora_A, lora_B = zip(*layer.expert_factors(adapter_name))
+    lora_A, lora_B = zip(*layer.expert_factors(adapter_name), strict=True)
     scaled = [
         B.float() * (weights[position] * scaling * layer.scales[adapter_name])
-        for B, position, scaling in zip(lora_B, experts.positions, experts.scalings)
+        for B, position, scaling in zip(lora_B, experts.positions, experts.scalings, strict=True)
     ]
     return torch.cat([A.float() for A in lora_A]).cpu(), torch.cat(scaled, dim=1).cpu()
 
 
-def truncated(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+def truncated(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Best factors of that rank of B @ A, by an SVD of the core between two QRs (Eckart-Young).
 
     Args:
@@ -132,7 +137,7 @@ def _lora_config(config, ranks: dict[str, int], fan_in_fan_out: bool) -> LoraCon
     )
 
 
-def _write(folder: Union[str, PathLike], lora: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
+def _write(folder: str | PathLike, lora: LoraConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write beside the target and move into place, weights first, so that a half-written export is never read."""
     folder = os.fspath(folder)
     parent = os.path.dirname(os.path.abspath(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -57,8 +57,8 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.prototype_states: dict[str, PrototypeState] = {}
         self.prototype_updates: dict[str, str] = {}
         self.columns: dict[str, dict] = {}
-        self.recorder: Optional[Callable] = None
-        self.inference_owner: Optional[Callable] = None
+        self.recorder: Callable | None = None
+        self.inference_owner: Callable | None = None
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -74,8 +74,8 @@ class ArrowLoraLayer(BaseTunerLayer):
         aggregation: str = "output",
         kernel: str = "auto",
         prototype_update: str = "step",
-        weights: Optional[list[tuple[torch.Tensor, torch.Tensor]]] = None,
-        init_weights: Optional[bool] = None,
+        weights: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        init_weights: bool | None = None,
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter's experts to this layer, or replace them.
@@ -87,13 +87,14 @@ class ArrowLoraLayer(BaseTunerLayer):
             aggregation, kernel, prototype_update (`str`): see `ArrowLoraConfig` and `KERNELS`.
             weights (list of (A (r, I), B (O, r)), *optional*): the experts' factors, in the order of `experts`.
             init_weights (`bool`, *optional*):
-                Without `weights`: True starts B at zero, False at random, None leaves zeros that a checkpoint will replace.
+                Without `weights`: True starts B at zero, False at random, None leaves zeros that a checkpoint will
+                replace.
             inference_mode (`bool`): whether the adapter is frozen.
         """
         if aggregation == "parameter" and len(set(experts.ranks)) > 1:
             raise ValueError(
-                f"aggregation='parameter' needs one rank per module, but experts here have ranks {sorted(set(experts.ranks))};"
-                " use aggregation='output'."
+                f"aggregation='parameter' needs one rank per module, but experts here have ranks "
+                f"{sorted(set(experts.ranks))}; use aggregation='output'."
             )
         self.experts[adapter_name] = experts
         self.routers[adapter_name] = router
@@ -111,13 +112,19 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: Optional[torch.device] = None, cast: bool = False
+        self, adapter_name: str, device: torch.device | None = None, cast: bool = False
     ) -> None:
-        """Move one adapter to the base layer's device; factors made here also get its dtype, prototypes stay float32."""
+        """Move one adapter to the base layer's device, with `cast` its factors also to the base layer's dtype."""
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         castable = cast and base_dtype is not None and base_dtype.is_floating_point
-        for name in ("arrow_lora_A", "arrow_lora_B", "arrow_lora_frozen_A", "arrow_lora_frozen_B", "arrow_lora_router"):
+        for name in (
+            "arrow_lora_A",
+            "arrow_lora_B",
+            "arrow_lora_frozen_A",
+            "arrow_lora_frozen_B",
+            "arrow_lora_router",
+        ):
             container = getattr(self, name)
             if adapter_name not in container or device is None or device.type == "meta":
                 continue
@@ -143,7 +150,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         """The adapter's experts as kernels take them."""
         experts, columns = self.experts[adapter_name], self._columns(adapter_name, device)
         banks = []
-        for is_main, (owner_R, scaling_R) in zip((True, False), columns):
+        for is_main, (owner_R, scaling_R) in zip((True, False), columns, strict=True):
             members = experts.bank(is_main)
             if members:
                 banks.append(
@@ -170,7 +177,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         for adapter in self.active_adapters:
             self.set_scale(adapter, self.scales.get(adapter, 1.0) * scale)
 
-    def unscale_layer(self, scale: Optional[float] = None) -> None:
+    def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the active adapters' scales by `scale`, or set them back to 1."""
         for adapter in self.active_adapters:
             self.set_scale(adapter, 1.0 if scale is None else self.scales.get(adapter, 1.0) / scale)
@@ -181,7 +188,9 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         nn.Module.__init__(self)
-        ArrowLoraLayer.__init__(self, base_layer, get_apply_tensor_subclass=kwargs.pop("get_apply_tensor_subclass", None))
+        ArrowLoraLayer.__init__(
+            self, base_layer, get_apply_tensor_subclass=kwargs.pop("get_apply_tensor_subclass", None)
+        )
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **kwargs)
 
@@ -203,7 +212,7 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
             result = trip_on_backward(result, self.inference_owner)
         return result.to(dtype)
 
-    def routed_delta(self, adapter_name: str, x: torch.Tensor, pinned: Optional[int] = None) -> torch.Tensor:
+    def routed_delta(self, adapter_name: str, x: torch.Tensor, pinned: int | None = None) -> torch.Tensor:
         """The weighted expert outputs, (..., O).
 
         Args:

@@ -1,15 +1,15 @@
 """Which experts have which module, and how: the part of a config that rebuilds a model without the original adapters.
 
-A layout is a JSON object `{"modules": [...], "rank": 8, "scaling": 2.0, "dropout": 0.0}`; `rank` and `scaling` are lists
-where modules differ; `modules` is null for fresh experts, which have every targeted module. Experts of one shape share a
-layout, so that a thousand alike cost a thousand integers.
+A layout is a JSON object `{"modules": [...], "rank": 8, "scaling": 2.0, "dropout": 0.0}`; `rank` and `scaling` are
+lists where modules differ; `modules` is null for fresh experts, which have every targeted module. Experts of one shape
+share a layout, so that a thousand alike cost a thousand integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,18 @@ def _expand(value: Any, count: int) -> list:
     return value if isinstance(value, list) else [value] * count
 
 
-def layout_table(layout: dict[str, Any]) -> Optional[dict[str, tuple[int, float]]]:
+def layout_table(layout: dict[str, Any]) -> dict[str, tuple[int, float]] | None:
     """module -> (rank, scaling); None for a fresh layout."""
     modules = layout["modules"]
     if modules is None:
         return None
-    return dict(zip(modules, zip(_expand(layout["rank"], len(modules)), _expand(layout["scaling"], len(modules)))))
+    return dict(
+        zip(
+            modules,
+            zip(_expand(layout["rank"], len(modules)), _expand(layout["scaling"], len(modules)), strict=True),
+            strict=True,
+        )
+    )
 
 
 class LayoutIndex:
@@ -82,7 +88,7 @@ class LayoutIndex:
         self.has_fresh = any(self.tables[layout] is None for layout in expert_layouts)
         self._by_layouts = lru_cache(maxsize=None)(self._experts)
 
-    def experts(self, module: str, is_targeted: bool = True) -> Optional[LayerExperts]:
+    def experts(self, module: str, is_targeted: bool = True) -> LayerExperts | None:
         """The experts that have the module, or None.
 
         Args:
@@ -91,14 +97,14 @@ class LayoutIndex:
         """
         entries = tuple(
             ((layout["rank"], layout["scaling"]) if is_targeted else None) if table is None else table.get(module)
-            for layout, table in zip(self.layouts, self.tables)
+            for layout, table in zip(self.layouts, self.tables, strict=True)
         )
         return self._by_layouts(entries)
 
-    def _experts(self, entries: tuple) -> Optional[LayerExperts]:
+    def _experts(self, entries: tuple) -> LayerExperts | None:
         rows = [
             (position, *entries[layout], self.layouts[layout]["dropout"], self.trainable[position])
             for position, layout in enumerate(self.expert_layouts)
             if entries[layout] is not None
         ]
-        return LayerExperts(*map(tuple, zip(*rows))) if rows else None
+        return LayerExperts(*map(tuple, zip(*rows, strict=True))) if rows else None

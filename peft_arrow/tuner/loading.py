@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from os import PathLike, fspath
-from typing import Any, Optional, Union
+from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,15 +34,15 @@ NOT_OPTIONS = ("adapters", "peft_type", "auto_mapping", "peft_version", "inferen
 
 
 def from_pretrained(
-    base: Union[nn.Module, str, PathLike],
+    base: nn.Module | str | PathLike,
     adapters: Any,
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
-    base_model_kwargs: Optional[dict[str, Any]] = None,
-    token: Union[str, bool, None] = None,
-    revision: Optional[str] = None,
-    cache_dir: Optional[str] = None,
+    base_model_kwargs: dict[str, Any] | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
     local_files_only: bool = False,
     **options: Any,
 ) -> PeftModel:
@@ -70,9 +70,7 @@ def from_pretrained(
         raise TypeError(f"from_pretrained got an unknown argument {unknown[0]!r}; allowed are {', '.join(allowed)}.")
     if adapters is None:
         raise ValueError("adapters=None is not allowed; pass a list of references or a dict name -> reference.")
-    defaults = AdapterRef(
-        "", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    defaults = AdapterRef("", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     located = list_locations(adapters, defaults)
     config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
     model = _load_base(base, config.task_type, base_model_kwargs or {})
@@ -81,10 +79,12 @@ def from_pretrained(
     return routed if is_trainable else routed.eval()
 
 
-def _load_base(base: Union[nn.Module, str, PathLike], task_type: Optional[str], kwargs: dict[str, Any]) -> nn.Module:
+def _load_base(base: nn.Module | str | PathLike, task_type: str | None, kwargs: dict[str, Any]) -> nn.Module:
     if isinstance(base, nn.Module):
         if kwargs:
-            raise ValueError(f"base_model_kwargs={kwargs!r} goes with a base given by name; this base is already loaded.")
+            raise ValueError(
+                f"base_model_kwargs={kwargs!r} goes with a base given by name; this base is already loaded."
+            )
         return base
     if not isinstance(base, (str, PathLike)):
         raise TypeError(f"base={base!r} is not allowed; it is a model, a Hub id or a folder.")

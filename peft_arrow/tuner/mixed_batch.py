@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -16,7 +17,7 @@ BASE = "__base__"
 
 
 @contextlib.contextmanager
-def row_target_hooks(tuner, adapter_names: list[str], kwargs: dict[str, Any]) -> Iterator[None]:
+def row_target_hooks(tuner: BaseTuner, adapter_names: list[str], kwargs: dict[str, Any]) -> Iterator[None]:
     """While open, every layer treats row b as `adapter_names[b]` says.
 
     Raises:
@@ -50,7 +51,7 @@ def row_target_hooks(tuner, adapter_names: list[str], kwargs: dict[str, Any]) ->
             handle.remove()
 
 
-def _target(tuner, name: str) -> Optional[tuple[str, Optional[int]]]:
+def _target(tuner, name: str) -> tuple[str, int | None] | None:
     if name == BASE:
         return None
     if name in tuner.peft_config:
@@ -59,11 +60,17 @@ def _target(tuner, name: str) -> Optional[tuple[str, Optional[int]]]:
         names = tuner.peft_config[adapter_name].expert_names
         if name in names:
             return adapter_name, names.index(name)
-    allowed = [BASE, *tuner.peft_config, *(n for a in tuner.active_adapters for n in tuner.peft_config[a].expert_names)]
-    raise ValueError(f"adapter_names holds {name!r}, which is not an adapter or expert of the model; allowed: {allowed}.")
+    allowed = [
+        BASE,
+        *tuner.peft_config,
+        *(n for a in tuner.active_adapters for n in tuner.peft_config[a].expert_names),
+    ]
+    raise ValueError(
+        f"adapter_names holds {name!r}, which is not an adapter or expert of the model; allowed: {allowed}."
+    )
 
 
-def _encoder(model: nn.Module) -> Optional[nn.Module]:
+def _encoder(model: nn.Module) -> nn.Module | None:
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
-from ..ops import check_kernel
+from ..ops import check_kernel, log_choice
 from ..routers import Router, make_router
+from .base_modules import is_match, is_supported
 from .config import ArrowLoraConfig
 from .editing import EditingMixin
 from .heads import load_saved_modules
@@ -23,7 +24,7 @@ from .loading import from_pretrained
 from .mixed_batch import row_target_hooks
 from .peft_type import PREFIX
 from .prototype_state import building_suspended
-from .resolve import ResolvedExperts, is_match, is_supported, resolve
+from .resolve import ResolvedExperts, resolve
 from .state_dict import from_checkpoint, to_checkpoint
 from .trace import RoutingTrace, record_routing
 
@@ -36,7 +37,8 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
     Args:
         model (`torch.nn.Module`): The model to which the adapter tuner layers will be attached.
         config ([`ArrowLoraConfig`]): The configuration of the routed model.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`. One PEFT adapter is one library of experts.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`. One PEFT adapter is one library of
+            experts.
         low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
             Create empty adapter weights on meta device. Useful to speed up the loading process.
 
@@ -60,9 +62,9 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
     tuner_layer_cls = ArrowLoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    _resolved: Optional[ResolvedExperts] = None
-    _index: Optional[LayoutIndex] = None
-    _router: Optional[Router] = None
+    _resolved: ResolvedExperts | None = None
+    _index: LayoutIndex | None = None
+    _router: Router | None = None
     _from_state_dict: bool = False
 
     @classmethod
@@ -76,9 +78,9 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         adapter_name: str,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
-        state_dict: Optional[dict[str, torch.Tensor]] = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """As in PEFT; all adapters are read and checked before the model is changed, and the config is copied first."""
+        """As in PEFT; the config is copied, and all adapters are read and checked before the model is changed."""
         resolved = resolve(self.peft_config[adapter_name], model)
         self.peft_config[adapter_name] = resolved.config
         config = resolved.config
@@ -88,6 +90,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._copy_heads(adapter_name, resolved)
+            log_choice("auto")
         finally:
             self._resolved = self._index = self._router = None
 
@@ -162,7 +165,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         return ArrowLoraLinear(target, adapter_name, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As in PEFT; with `autocast_adapter_dtype=False` the factors of loaded adapters get the base layer's dtype."""
+        """As in PEFT; with `autocast_adapter_dtype=False` loaded factors get the base layer's dtype."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
@@ -189,7 +192,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         """Names of the active adapter's experts, in routing order."""
         return list(self.peft_config[self.active_arrow_adapter()].expert_names)
 
-    def set_router(self, router: Optional[str] = None, **options: Any) -> None:
+    def set_router(self, router: str | None = None, **options: Any) -> None:
         """Change how the active adapter routes; what is not named keeps its value. Saved with the model.
 
         Args:
@@ -210,8 +213,8 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
                 layer.routers[adapter_name] = made
 
     def set_kernel(self, kernel: str) -> None:
-        """Choose how the active adapter's experts are applied: `"auto"` or a key of `KERNELS`. Results agree; not saved."""
-        check_kernel(kernel)
+        """Choose how experts are applied: `"auto"` or a key of `KERNELS`. Results agree; not saved."""
+        log_choice(check_kernel(kernel))
         adapter_name = self.active_arrow_adapter()
         for layer in self.routed_layers().values():
             if adapter_name in layer.kernels:
@@ -241,7 +244,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
             yield trace
 
     def train(self, mode: bool = True):
-        """As in torch; a model without trainable parameters raises at the first backward, naming `is_trainable=True`."""
+        """As in torch; if nothing is trainable, the first backward raises and names `is_trainable=True`."""
         super().train(mode)
         frozen = mode and self.nothing_trains()
         for layer in self.routed_layers().values():
@@ -275,5 +278,3 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         with building_suspended():
             banks = from_checkpoint(model, adapter_name, state_dict)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, banks)
-
-

@@ -2,8 +2,8 @@
 
 `peft.utils.register_peft_method` refuses names that are not members of PEFT's own `PeftType`, and an Enum with members
 cannot be extended. Nothing in PEFT, transformers or TRL ever calls `PeftType(...)`: all look-ups go through three
-dictionaries by the string of the type, and `.value` and `str()` of the member are used. So an Enum of our own, put into
-those dictionaries, is enough. This is the only place where peft-arrow reaches into PEFT's registry.
+dictionaries by the string of the type, and `.value` and `str()` of the member are used. So an Enum of our own, put
+into those dictionaries, is enough. This is the only place where peft-arrow reaches into PEFT's registry.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 
-class ArrowPeftType(str, enum.Enum):
+class ArrowPeftType(str, enum.Enum):  # noqa: UP042 - PEFT reads str() of a member as 'X.ARROW_LORA'
     """The one PEFT type that peft-arrow adds."""
 
     ARROW_LORA = "ARROW_LORA"

@@ -1,17 +1,17 @@
 """When prototypes belong to the weights beside them, and when they are stale.
 
-A prototype row that is NaN has not been built. Besides, a layer remembers a fingerprint of each bank's weights (object and
-autograd version counter, which every in-place change raises, be it an optimizer step, `load_state_dict` or `copy_`); a
-different fingerprint at the next use makes the bank's experts stale. Edits through `.data` raise no counter and cannot be
-seen: `refresh_prototypes()` is for those.
+A prototype row that is NaN has not been built. Besides, a layer remembers a fingerprint of each bank's weights (object
+and autograd version counter, which every in-place change raises, be it an optimizer step, `load_state_dict` or
+`copy_`); a different fingerprint at the next use makes the bank's experts stale. Edits through `.data` raise no
+counter and cannot be seen: `refresh_prototypes()` is for those.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
-from typing import Optional
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,11 +20,17 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 BUILD_LOCK = threading.RLock()
 _suspended = threading.local()
 _optimizer_steps = 0
+# layers whose prototypes were built in this process; those that a compiled graph uses are rebuilt after a step
+built_layers: weakref.WeakSet = weakref.WeakSet()
 
 
 def _count_step(*_) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
+    for layer in list(built_layers):
+        compiled = [name for name, state in layer.prototype_states.items() if state.is_compiled]
+        if compiled:
+            layer.build_prototypes(compiled)
 
 
 # FSDP keeps the version counters of gathered parameters constant, so that with it only the optimizer tells of a step.
@@ -51,7 +57,7 @@ def is_materialised(*weights: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def building_suspended() -> Iterator[None]:
-    """While weights are being loaded, reading a state dict must not build prototypes of weights about to be replaced."""
+    """While weights are loaded, reading a state dict must not build prototypes of what is about to be replaced."""
     before = getattr(_suspended, "on", False)
     _suspended.on = True
     try:
@@ -68,13 +74,16 @@ def is_building_suspended() -> bool:
 class PrototypeState:
     """What one layer knows about the prototypes of one PEFT adapter.
 
-    Args:
-        num_banks (`int`): banks whose weights are watched.
+    Attributes:
+        fingerprints (`dict[bool, tuple]`): of the weights that the prototypes were built from, by bank.
+        local (`torch.Tensor`, *optional*): this process's own copy, where parameters may be sharded.
+        is_compiled (`bool`): whether a compiled graph uses them, which cannot check for itself.
     """
 
     def __init__(self) -> None:
-        self.fingerprints: dict[bool, Optional[tuple]] = {}
-        self.local: Optional[torch.Tensor] = None
+        self.fingerprints: dict[bool, tuple | None] = {}
+        self.local: torch.Tensor | None = None
+        self.is_compiled = False
 
     def forget(self) -> None:
         """Trust the stored rows as they are (NaN: not built) and remember the weights anew at the next use."""

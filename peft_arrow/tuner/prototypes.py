@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Optional
 
 import torch
 from torch import nn
 
 from ..routers import top_right_singular_vectors
 from .bank import bank_modules
-from .prototype_state import BUILD_LOCK, fingerprint, is_building_suspended, is_distributed, is_materialised
+from .prototype_state import (
+    BUILD_LOCK,
+    built_layers,
+    fingerprint,
+    is_building_suspended,
+    is_distributed,
+    is_materialised,
+)
 
 
 class PrototypeLinear(nn.Linear):
@@ -72,6 +78,7 @@ class PrototypeMixin:
     def _remember(self, adapter_name: str) -> None:
         weights = self._bank_weights(adapter_name)
         self.prototype_states[adapter_name].fingerprints = {bank: fingerprint(w) for bank, w in weights.items()}
+        built_layers.add(self)
 
     def is_clean(self, adapter_name: str) -> bool:
         """Whether the prototypes are known to belong to the current weights, without reading a tensor."""
@@ -94,6 +101,7 @@ class PrototypeMixin:
                     "The prototypes of this ArrowLoraModel are not built, and they cannot be while it is compiled or "
                     "exported; call model.build_prototypes() first."
                 )
+            self.prototype_states[adapter_name].is_compiled = True
             return
         if not self.is_clean(adapter_name):
             self.build_prototypes([adapter_name])
@@ -103,7 +111,7 @@ class PrototypeMixin:
                     "offloaded; call model.build_prototypes() before offloading."
                 )
 
-    def build_prototypes(self, adapter_names: Optional[Iterable[str]] = None, rebuild: bool = False) -> None:
+    def build_prototypes(self, adapter_names: Iterable[str] | None = None, rebuild: bool = False) -> None:
         """Build the stale prototypes, or with `rebuild` all of them. Thread-safe; draws no random number."""
         for adapter_name in list(self.experts) if adapter_names is None else adapter_names:
             is_inference = self.arrow_lora_router[adapter_name].weight.is_inference()
@@ -134,7 +142,9 @@ class PrototypeMixin:
         for is_main, (lora_A, lora_B) in self._bank_weights(adapter_name).items():
             members = experts.bank(is_main)
             ranks = [experts.ranks[e] for e in members]
-            factors.update(zip(members, zip(lora_A.split(ranks, dim=0), lora_B.split(ranks, dim=1))))
+            factors.update(
+                zip(members, zip(lora_A.split(ranks, dim=0), lora_B.split(ranks, dim=1), strict=True), strict=True)
+            )
         return [factors[e] for e in range(len(experts.ranks))]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -166,7 +176,7 @@ class PrototypeMixin:
         self.prototype_states[adapter_name].forget()
 
     def _apply(self, fn, recurse: bool = True):
-        """A move keeps the prototypes; a change of dtype rounds the factors, so that they are built anew, in float32."""
+        """A move keeps the prototypes; a change of dtype rounds the factors, so they are built anew, in float32."""
         clean = {name: self.is_clean(name) for name in self.experts}
         before = {name: self._dtypes(name) for name in self.experts}
         super()._apply(fn, recurse)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, Optional
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features, check_target_module_exists
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, clone_module, replicate_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.tuners.tuners_utils import _get_in_out_features, clone_module, replicate_layers
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..library.adapter import Adapter, config_of, list_locations, load
 from ..library.lora import LoraContent, read_lora
+from .base_change import undo_base_change
+from .base_modules import BaseModules, is_supported
 from .config import ArrowLoraConfig
 from .layouts import make_layout
 
@@ -35,7 +31,7 @@ class ResolvedExperts:
     config: ArrowLoraConfig
     contents: list[LoraContent] = field(default_factory=list)
 
-    def weights(self, module: str, positions: tuple[int, ...]) -> Optional[list[tuple[torch.Tensor, torch.Tensor]]]:
+    def weights(self, module: str, positions: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """The factors of these experts in the module, or None for a saved model or fresh experts."""
         if not self.contents:
             return None
@@ -74,7 +70,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     base = BaseModules(model)
     contents = []
     for name, place in tqdm(
-        zip(names, located.values()), total=len(names), desc="Reading adapters", disable=len(names) < 20
+        zip(names, located.values(), strict=True), total=len(names), desc="Reading adapters", disable=len(names) < 20
     ):
         adapter = load(name, place)
         adapter = Adapter(name=name, config=adapter.config, tensors=adapter.tensors, source=adapter.source)
@@ -84,7 +80,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     resolved.layer_replication = replication or config.layer_replication
     resolved.expert_names = names
     resolved.layouts, resolved.expert_layouts, resolved.expert_sources = [], [], []
-    for place, content in zip(located.values(), contents):
+    for place, content in zip(located.values(), contents, strict=True):
         add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.describe())
     modules = {module for content in contents for module in content.factors}
     if config.target_modules is None:
@@ -93,9 +89,12 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     return ResolvedExperts(resolved, contents)
 
 
-def _common_replication(names: list[str], located: dict) -> Optional[list]:
+def _common_replication(names: list[str], located: dict) -> list | None:
     """The layer stacking that all adapters were trained with, or None."""
-    found = {name: config_of(place).get("layer_replication") or None for name, place in zip(names, located.values())}
+    found = {
+        name: config_of(place).get("layer_replication") or None
+        for name, place in zip(names, located.values(), strict=True)
+    }
     first = next(iter(found.values()))
     for name, replication in found.items():
         if replication != first:
@@ -163,77 +162,6 @@ def check_equal_ranks(config: ArrowLoraConfig) -> None:
             )
 
 
-class BaseModules:
-    """The linear modules of a base model, by name, and which of them an adapter's config targets."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.config = BaseTuner.get_model_config(model)
-        self.modules = dict(unwrapped_modules(model))
-        self._targets: dict[str, set[str]] = {}
-
-    def targets(self, adapter: Adapter) -> set[str]:
-        """Names of the modules that plain PEFT would adapt for this adapter."""
-        options = {
-            name: adapter.config.get(name)
-            for name in (
-                "target_modules",
-                "exclude_modules",
-                "layers_to_transform",
-                "layers_pattern",
-                "modules_to_save",
-                "task_type",
-            )
-        }
-        key = repr(options)
-        if key not in self._targets:
-            self._targets[key] = self._match(options)
-        return self._targets[key]
-
-    def parameter(self, path: str) -> Optional[torch.Tensor]:
-        """The base's own parameter of that name, seen through PEFT's wrappers."""
-        owner, _, name = path.rpartition(".")
-        module = self.modules.get(owner)
-        return getattr(getattr(module, "original_module", module), name, None)
-
-    def _match(self, options: dict[str, Any]) -> set[str]:
-        if options["target_modules"] is None:
-            options["target_modules"] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(
-                self.config.get("model_type")
-            )
-        lora = _maybe_include_all_linear_layers(LoraConfig(**options), self.model)
-        return {name for name in self.modules if name and is_match(check_target_module_exists(lora, name))}
-
-
-def is_match(result: Any) -> bool:
-    """Whether PEFT's matcher said yes (it answers True, a match object, None, False or an exclusion marker)."""
-    return result is True or isinstance(result, re.Match)
-
-
-def unwrapped_modules(model: nn.Module):
-    """(name, module) of the base's own modules, seen through tuner layers that wrap them."""
-    from .layer import ArrowLoraLayer
-
-    inside = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = None
-        if isinstance(module, ArrowLoraLayer):
-            inside = f"{name}."
-            yield name, module.get_base_layer()
-        else:
-            yield name, module
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Whether routed LoRA can wrap the module."""
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    backend = resolve_quantization_backend(module)
-    return backend is not None and backend.layer_type == "linear"
-
-
 def fit_to_base(adapter: Adapter, base: BaseModules) -> LoraContent:
     """The adapter's content, after checking that each module exists in the base with those shapes.
 
@@ -245,15 +173,15 @@ def fit_to_base(adapter: Adapter, base: BaseModules) -> LoraContent:
     unknown = [module for module in content.factors if module not in base.modules]
     if unknown:
         raise ValueError(
-            f"{where}: the base model has no module {unknown[0]!r} ({len(unknown)} of {len(content.factors)} modules are "
-            "missing there); is the adapter for another base?"
+            f"{where}: the base model has no module {unknown[0]!r} ({len(unknown)} of {len(content.factors)} modules "
+            "are missing there); is the adapter for another base?"
         )
     targets = base.targets(adapter)
     absent = sorted(targets - set(content.factors))
     if absent:
         raise ValueError(
-            f"{where}: its config targets {absent[0]!r}, but the file has no tensors for it ({len(absent)} modules are "
-            "missing in the file)."
+            f"{where}: its config targets {absent[0]!r}, but the file has no tensors for it ({len(absent)} modules "
+            "are missing in the file)."
         )
     untargeted = sorted(set(content.factors) - targets)
     if untargeted:
@@ -264,14 +192,14 @@ def fit_to_base(adapter: Adapter, base: BaseModules) -> LoraContent:
     for module, factor in content.factors.items():
         _check_module(where, module, factor, base.modules[module])
     _check_saved(where, content, base)
-    return content
+    return undo_base_change(adapter, content, base.modules, base.initial_factors)
 
 
 def _check_module(where: str, name: str, factor, module: nn.Module) -> None:
     if not is_supported(module):
         raise ValueError(
-            f"{where}: {name} is a {type(module).__name__}; supported are Linear, Conv1D of transformers and quantised "
-            "linear modules."
+            f"{where}: {name} is a {type(module).__name__}; supported are Linear, Conv1D of transformers and "
+            "quantised linear modules."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -279,8 +207,8 @@ def _check_module(where: str, name: str, factor, module: nn.Module) -> None:
     found = (factor.lora_A.shape[1], factor.lora_B.shape[0])
     if tuple(expected) != found:
         raise ValueError(
-            f"{where}: {name} maps {found[0]} to {found[1]} features in the adapter, {expected[0]} to {expected[1]} in the "
-            "base model; is the adapter for another base?"
+            f"{where}: {name} maps {found[0]} to {found[1]} features in the adapter, {expected[0]} to {expected[1]} "
+            "in the base model; is the adapter for another base?"
         )
 
 
@@ -290,14 +218,19 @@ def _check_saved(where: str, content: LoraContent, base: BaseModules) -> None:
         if known is None or known.shape != tensor.shape:
             found = "nothing" if known is None else f"shape {tuple(known.shape)}"
             raise ValueError(
-                f"{where}: the trained module's {key!r} has shape {tuple(tensor.shape)}, the base model has {found} there."
+                f"{where}: the trained module's {key!r} has shape {tuple(tensor.shape)}, the base model has {found} "
+                "there."
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: {key} holds NaN or Inf.")
-    for key, tensor in content.biases.items():
+    for key, tensor in content.copies.items():
         known = base.parameter(key)
-        if known is None or known.shape != tensor.shape or not torch.equal(known.detach().to(tensor), tensor):
+        if (
+            known is None
+            or known.shape != tensor.shape
+            or not torch.equal(known.detach().cpu(), tensor.to(known.dtype))
+        ):
             raise ValueError(
-                f"{where}: it trained the base's bias {key!r}, which a routed low-rank update cannot hold "
-                "(bias='all' and bias='lora_only' are supported only where the biases did not change)."
+                f"{where}: the file holds {key!r} with other values than the base model, which a routed low-rank "
+                "update cannot express (a trained bias, or an embedding that was resized or trained)."
             )

@@ -1,7 +1,8 @@
 """Between the two banks of a live layer and the one stack per layer on disk.
 
-On disk a layer has three tensors, readable without these functions (transformers' own `load_adapter` does not call them):
-`arrow_lora_A.weight` (sum of ranks, I), `arrow_lora_B.weight` (O, sum of ranks) and `arrow_lora_router.weight` (E, I).
+On disk a layer has three tensors, readable without these functions (transformers' own `load_adapter` does not call
+them): `arrow_lora_A.weight` (sum of ranks, I), `arrow_lora_B.weight` (O, sum of ranks) and `arrow_lora_router.weight`
+(E, I).
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ def _layers(model: nn.Module, adapter_name: str):
             yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
-def to_checkpoint(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The adapter's entries with the banks of each layer joined and stale prototypes replaced (keys keep the adapter)."""
+def to_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's entries, the banks of each layer joined and stale prototypes replaced; keys keep the adapter."""
     joined = dict(state_dict)
     for name, layer in _layers(model, adapter_name):
         for side, dim in ((0, 0), (1, 1)):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +42,8 @@ class TraceStep:
     """
 
     modules: dict[str, ModuleTrace] = field(default_factory=dict)
-    attention_mask: Optional[torch.Tensor] = None
-    input_ids: Optional[torch.Tensor] = None
+    attention_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor | None = None
 
 
 class RoutingTrace(Mapping):
@@ -72,11 +72,11 @@ class RoutingTrace(Mapping):
         """Share of the routing weight per expert, over all calls, without padding; plain text."""
         return routing_table(self)
 
-    def plot(self, path: Union[str, PathLike]) -> None:
+    def plot(self, path: str | PathLike) -> None:
         """Draw a heat map, modules by experts, to a picture file. Needs matplotlib (extra `viz`)."""
         plot_routing(self, path)
 
-    def html(self, path: Union[str, PathLike], tokenizer: Any = None) -> None:
+    def html(self, path: str | PathLike, tokenizer: Any = None) -> None:
         """Write a self-contained page with the chosen expert of each token."""
         routing_html(self, path, tokenizer)
 
@@ -117,7 +117,7 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
 
-def _copy(tensor: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.detach().cpu().clone() if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 else None
 
 

@@ -17,10 +17,10 @@ class _Tripwire(torch.autograd.Function):
     def backward(ctx, grad):
         if ctx.nothing_trains():
             raise RuntimeError(
-                "This ArrowLoraModel was loaded for inference and has no trainable parameter, so training would change "
-                "nothing. Load it with is_trainable=True, as in ArrowLoraModel.from_pretrained(base, adapters, "
-                "is_trainable=True) or PeftModel.from_pretrained(base, folder, is_trainable=True); for gradients of the "
-                "inputs call model.eval() first."
+                "This ArrowLoraModel was loaded for inference and has no trainable parameter, so training would "
+                "change nothing. Load it with is_trainable=True, as in ArrowLoraModel.from_pretrained(base, adapters, "
+                "is_trainable=True) or PeftModel.from_pretrained(base, folder, is_trainable=True); for gradients of "
+                "the inputs call model.eval() first."
             )
         return grad, None, None
 

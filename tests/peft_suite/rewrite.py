@@ -86,7 +86,7 @@ def rewrite(module: str, source: str, spec: Spec) -> Rewritten:
         for unwanted in unused if used else [node]:
             _delete(unwanted, edits)
         if used and all(test.name in ADOPTED.get(module, ()) for test in used):
-            _adopt_helpers(node, edits)
+            _adopt_helpers(node, spec, edits)
         hub_ids |= _hub_ids([part for part in node.body if part not in unused]) if used else set()
         kept += [f"{node.name}.{test.name}" for test in used]
         dropped += [f"{node.name}.{test.name}" for test in unused]
@@ -149,28 +149,30 @@ def _rewrite_test(test: ast.FunctionDef, replaced: set[str], edits: Edits) -> bo
     return depends
 
 
-def _adopt(node: ast.AST, edits: Edits) -> bool:
-    """Put the spec's config in place of LoRA's in the body of a test; a class passed on, not called, stays a class."""
+def _adopt(node: ast.AST, spec: Spec, edits: Edits) -> bool:
+    """Put the spec's config and prefix in place of LoRA's in a body; a class passed on, not called, stays a class."""
     called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
     for part in ast.walk(node):
         if isinstance(part, ast.Name) and part.id == "LoraConfig":
             edits.replace(part, part, "_spec.fresh" if id(part) in called else "_spec.bare_cls")
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and ".lora_" in part.value:
+            edits.replace(part, part, repr(part.value.replace(".lora_", f".{spec.prefix}")))
     return True
 
 
-def _adopt_helpers(node: ast.ClassDef, edits: Edits) -> None:
+def _adopt_helpers(node: ast.ClassDef, spec: Spec, edits: Edits) -> None:
     """The methods that the adopted tests of a class call."""
     tests = list(_tests(node))
     for part in node.body:
         if isinstance(part, ast.FunctionDef) and part not in tests:
-            _adopt(part, edits)
+            _adopt(part, spec, edits)
 
 
 def _is_kept(module: str, test: ast.FunctionDef, replaced: set[str], spec: Spec, edits: Edits) -> bool:
     if test.name in _dropped_names(module, spec):
         return False
     if test.name in ADOPTED.get(module, ()):
-        return _adopt(test, edits)
+        return _adopt(test, spec, edits)
     return _rewrite_test(test, replaced, edits)
 
 

@@ -117,6 +117,11 @@ class Spec:
             pytest.skip(f"{self.config_cls.__name__}: routing per token cannot be merged")
         return False
 
+    def is_copy(self, held: Any, given: Any) -> bool:
+        """Whether the config that a model holds is not the one it was given, but has all that this one sets."""
+        values = held.to_dict()
+        return held is not given and all(values[name] == v for name, v in given.to_dict().items() if v is not None)
+
     def configs(self, lora: Any) -> list[Any]:
         """One config a variant, with what upstream's LoRA config of the same list sets."""
         extra: dict[str, Any] = {}
