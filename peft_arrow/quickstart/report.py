@@ -98,7 +98,7 @@ def paired_difference(ours: Mapping[str, Mapping], other: Mapping[str, Mapping],
 def comparison_lines(methods: Scores) -> list[str]:
     """Arrow against every other method in loss, one line each."""
     lines = [
-        "Arrow minus the other: row loss, mean over tasks (below 0: Arrow is better), with 95 % bootstrap over rows"
+        "Arrow minus the other: row loss, mean over tasks, with a 95 % bootstrap over rows (below 0: Arrow is better)"
     ]
     for name, scores in methods.items():
         if name != "arrow":
@@ -160,7 +160,7 @@ def draw_by_task(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str
     draw_heat_map(
         means,
         path,
-        title="Where the tokens of each task went\n(share of the routing weight, mean over layers, in percent)",
+        title="Where the tokens of each task went:\nrouting weight in %, mean over layers",
         columns=("expert (adapter)", experts),
         rows=("task of the tokens", list(shares)),
         annotate=True,
@@ -173,10 +173,10 @@ def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[st
     down = -(-len(shares) // across)
     figure = new_figure(1.5 + 3.9 * across, 1.0 + (0.9 + 0.2 * len(experts)) * down)
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    image = None
+    image, top = None, max(share for layers in shares.values() for column in layers.values() for share in column)
     for axes, (task, layers) in zip(grid.flat, shares.items(), strict=False):
         values = [list(column) for column in zip(*layers.values(), strict=True)]
-        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
         axes.set_title(f"tokens of: {task}", fontsize=10)
         axes.set_yticks(range(len(experts)), experts, fontsize=8)
         labels = layer_labels(list(layers))
@@ -188,8 +188,8 @@ def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[st
     for axes in list(grid.flat)[len(shares) :]:
         axes.set_visible(False)
     figure.supxlabel("layer")
-    figure.supylabel("expert (adapter); red frame: the task's own")
-    figure.suptitle("Share of the routing weight that each expert got in each layer")
+    figure.supylabel("expert (adapter)")
+    figure.suptitle("Share of the routing weight of each expert in each layer (red frame: the task's own adapter)")
     figure.colorbar(image, ax=grid, shrink=0.6, format=lambda value, _: f"{100 * value:.0f} %")
     figure.savefig(path, dpi=110)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
 from ..tuner.trace_report import routing_html
 from . import report
-from .base import load_base
+from .base import load_base, silence_known_warnings
 from .judge import encode
 from .methods import JudgeSettings, judge_methods
 from .task_list import load_tasks
@@ -55,7 +55,7 @@ def run_quickstart(
         `answers`, `files`, `settings`, `seconds`.
     """
     started = time.monotonic()
-    logging.disable_progress_bar()
+    silence_known_warnings()
     training, judging = training or TrainSettings(), judging or JudgeSettings()
     chosen, output = load_tasks(tasks), Path(output)
     output.mkdir(parents=True, exist_ok=True)

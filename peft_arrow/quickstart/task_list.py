@@ -1,11 +1,10 @@
 """The tasks of the quickstart, chosen by measurement: the base is poor at them and a short LoRA is clearly better."""
 
 import datetime
-import json
 from collections.abc import Sequence
 
 from .tasks import Task
-from .words import ADJECTIVES, COLUMNS, NOUNS, PEOPLE, TABLES
+from .words import ADJECTIVES, COLUMNS, NOUNS, TABLES
 
 
 ROMAN_NUMERALS = dict(
@@ -165,21 +164,6 @@ def _word_tasks(plural) -> list[Task]:
             heldout_templates=("What do you call more than one {noun}?", "Here is a {noun}; there are many"),
         ),
         Task(
-            "sort",
-            "words",
-            {"words": NOUNS},
-            lambda words: ", ".join(sorted(words)),
-            train_templates=(
-                "Sort these words: {list}",
-                "Put in alphabetical order: {list}",
-                "Alphabetical order of {list}:",
-                "Order from A to Z: {list}",
-            ),
-            heldout_templates=("List alphabetically: {list}", "How would a dictionary order {list}?"),
-            draws={"words": 4},
-            show=lambda words: {"list": ", ".join(words)},
-        ),
-        Task(
             "spell",
             "words",
             {"noun": NOUNS},
@@ -228,18 +212,5 @@ def _code_tasks() -> list[Task]:
                 "Turn {adjective} {noun} {column} into an identifier.",
                 "What would code call the {adjective} {noun} {column}?",
             ),
-        ),
-        Task(
-            "json",
-            "code",
-            {"person": PEOPLE, "age": range(18, 90)},
-            lambda person, age: json.dumps({"name": person, "age": age}),
-            train_templates=(
-                "{person} is {age} years old.",
-                "{person} is {age}.",
-                "JSON for {person}, aged {age}:",
-                "Record: {person}, {age}",
-            ),
-            heldout_templates=("At {age}, {person} still works.", "Meet {person}, who turned {age}."),
         ),
     ]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers import TrainerCallback, logging, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from .base import load_base, new_folder
+from .base import load_base, new_folder, silence_known_warnings, smollm2_folder
 from .task_list import load_tasks
 from .tasks import MAX_TOKENS, Task
 
@@ -28,7 +28,7 @@ class TrainSettings:
     """How every adapter is trained; `base` None is SmolLM2. The same seed gives all adapters the same first A."""
 
     base: str | None = None
-    steps: int = 30
+    steps: int = 24
     batch_size: int = 8
     learning_rate: float = 2e-3
     rank: int = 8
@@ -123,13 +123,14 @@ class LoraTrainer:
                 peft_config=lora,
                 callbacks=[StepCallback(on_step)],
             )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
-            trainer.model.save_pretrained(folder)
+            trainer.model.save_pretrained(folder, save_embedding_layers=False)  # "auto" asks the Hub for the base
             self.model = trainer.model.unload()
 
 
 class StepCallback(TrainerCallback):
-    """Reports each optimizer step, and keeps the trainer from printing its summary."""
+    """Reports each optimizer step."""
 
     def __init__(self, on_step: Callable[[int], None]) -> None:
         self.on_step = on_step
@@ -141,6 +142,8 @@ class StepCallback(TrainerCallback):
 def _train_in_processes(
     tasks: Sequence[Task], folders: Mapping[str, Path], settings: TrainSettings, workers: int, bar: tqdm
 ) -> None:
+    if settings.base is None:
+        smollm2_folder()  # so that the workers do not convert it twice
     context = multiprocessing.get_context("spawn")
     steps = context.Queue()
     with ProcessPoolExecutor(workers, context, _start_worker, (settings.base, steps)) as pool:
@@ -161,8 +164,7 @@ _worker: dict = {}
 
 def _start_worker(base: str | None, steps: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    silence_known_warnings()
     _worker["train"], _worker["on_step"] = LoraTrainer(base), steps.put
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ VISIBLE = 1e-3
 def adapter(folder, make_base=llama, *, seed: int = 1, task_type: str | None = "CAUSAL_LM", **lora_config) -> str:
     """Save a plain PEFT LoRA with random factors (and a random head, where it trains one); return its folder."""
     options = {"init_lora_weights": False, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], **lora_config}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice about the options of the adapter
         torch.manual_seed(seed)
         model = get_peft_model(make_base(), LoraConfig(task_type=task_type, **options))
         with torch.no_grad():
@@ -140,10 +142,12 @@ def assert_layers_match(model, folders: list[str], make_base=llama, top_k: int =
     """Every routed layer's output is the base layer's plus `reference_delta` of its input."""
     seen = {}
     layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "arrow_lora_router")}
-    handles = [
-        layer.register_forward_hook(lambda layer, args, y, name=name: seen.setdefault(name, (args[0], y)))
-        for name, layer in layers.items()
-    ]
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def record(layer, args, y):
+        seen[names[id(layer)]] = (args[0], y)
+
+    handles = [layer.register_forward_hook(record) for layer in layers.values()]
     logits(model, **inputs_of(make_base))
     for handle in handles:
         handle.remove()

@@ -12,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from .adapters import VISIBLE, adapter, difference, expert_files, logits, routed
 from .bases import WIDTH, llama
@@ -22,7 +23,7 @@ def saved(tmp_path):
     """A saved routed model whose adapters are gone, and the logits it had."""
     folders = [adapter(tmp_path / name, seed=seed, r=4) for seed, name in enumerate(("one", "two"), 1)]
     llama().save_pretrained(tmp_path / "base")
-    model = routed(folders, lambda: AutoPeftBase.from_pretrained(tmp_path / "base"), top_k=1, router_temperature=0.5)
+    model = routed(folders, lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), top_k=1, router_temperature=0.5)
     before = logits(model)
     assert difference(before, logits(llama())) > VISIBLE
     model.save_pretrained(tmp_path / "routed")
@@ -30,16 +31,6 @@ def saved(tmp_path):
         shutil.rmtree(folder)
     torch.manual_seed(99)
     return str(tmp_path / "routed"), before
-
-
-class AutoPeftBase:
-    """The tiny Llama from its folder, so that the saved model knows where its base is."""
-
-    @staticmethod
-    def from_pretrained(folder):
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -62,7 +53,7 @@ def test_transformers_loads_the_folder(saved):
     base = llama()
     base.load_adapter(folder)
     assert torch.equal(logits(base), before)
-    assert torch.equal(logits(AutoPeftBase.from_pretrained(folder)), before)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), before)
 
 
 def test_load_adapter_beside_another_library(saved, trio):
