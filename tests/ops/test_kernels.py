@@ -1,0 +1,114 @@
+"""Every kernel gives what `eager` gives, in outputs and in gradients, at odd sizes and in every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, routed_lora
+from torch import nn
+
+
+SHAPES = [
+    ((4,), ((0,),)),
+    ((1, 5, 2), ((0, 1, 2),)),
+    ((3, 3, 3, 3), ((1, 3), (0, 2))),
+    ((7, 1, 16), ((2,), (0, 1))),
+]
+
+
+def make_stack(ranks, banks, in_features, out_features, dtype, training=False, dropouts=None):
+    """Random experts, split into banks by their positions."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for members in banks:
+        rank = sum(ranks[e] for e in members)
+        lora_A, lora_B = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+        for linear in (lora_A, lora_B):
+            linear.weight.data = torch.randn(linear.weight.shape, generator=generator).to(dtype)
+        owner = [e for e in members for _ in range(ranks[e])]
+        scalings = tuple(0.5 + e for e in members)
+        made.append(
+            ExpertBank(
+                lora_A,
+                lora_B,
+                tuple(members),
+                tuple(ranks[e] for e in members),
+                scalings,
+                tuple((dropouts or [0.0] * len(ranks))[e] for e in members),
+                torch.tensor(owner),
+                torch.tensor([0.5 + e for e in owner]),
+            )
+        )
+    return ExpertStack(tuple(made), len(ranks), out_features, training)
+
+
+def make_weights(tokens, experts):
+    """Routing weights with zeros."""
+    weights = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1))
+    return weights * (weights > 0.3)
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "eager"] + ["auto"])
+@pytest.mark.parametrize("ranks, banks", SHAPES)
+@pytest.mark.parametrize("aggregation", ["output", "parameter"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
+def test_outputs_and_gradients_equal_eager(kernel, ranks, banks, aggregation, dtype, tolerance):
+    """Relative to the largest entry."""
+    if aggregation == "parameter" and len(set(ranks)) > 1:
+        pytest.skip("parameter aggregation needs one rank")
+    results = {}
+    for name in ("eager", kernel):
+        stack = make_stack(ranks, banks, 13, 9, dtype)
+        x = torch.randn(5, 13, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        weights = make_weights(5, len(ranks)).requires_grad_()
+        y = routed_lora(x, stack, weights, aggregation=aggregation, kernel=name)
+        (y.float() * torch.arange(9)).sum().backward()
+        factors = [linear.weight.grad for bank in stack.banks for linear in (bank.lora_A, bank.lora_B)]
+        results[name] = [y.detach(), x.grad, weights.grad, *factors]
+    for ours, eager in zip(results[kernel], results["eager"], strict=True):
+        assert ours.dtype == eager.dtype
+        allowed = max(tolerance, 1e-5 if ours.dtype == torch.float32 else 0.0)  # routing weights are always float32
+        assert float((ours - eager).abs().max()) <= allowed * float(eager.abs().max() + 1e-30)
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_no_tokens_and_no_weight(kernel):
+    """An empty batch gives an empty result; a token without experts gives 0."""
+    stack = make_stack((2, 3), ((0, 1),), 6, 4, torch.float32)
+    empty = routed_lora(torch.zeros(0, 6), stack, torch.zeros(0, 2), aggregation="output", kernel=kernel)
+    assert empty.shape == (0, 4)
+    nothing = routed_lora(torch.randn(3, 6), stack, torch.zeros(3, 2), aggregation="output", kernel=kernel)
+    assert float(nothing.abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_dropout_is_each_experts_own(kernel):
+    """In training an expert without dropout is untouched, one with dropout 0.9 is not; in eval nobody is."""
+    x = torch.ones(200, 6)
+    only_first, only_second = torch.tensor([[1.0, 0.0]]).expand(200, 2), torch.tensor([[0.0, 1.0]]).expand(200, 2)
+    for training in (True, False):
+        stack = make_stack((2, 3), ((0, 1),), 6, 4, torch.float32, training, dropouts=[0.0, 0.9])
+        first = routed_lora(x, stack, only_first, aggregation="output", kernel=kernel)
+        second = routed_lora(x, stack, only_second, aggregation="output", kernel=kernel)
+        assert float(first.var(dim=0).max()) < 1e-10
+        assert (float(second.var(dim=0).max()) > 1e-2) == training
+
+
+def test_folded_makes_no_tensor_of_experts_times_outputs():
+    """The largest tensor of a forward has tokens x max(sum of ranks, in, out, experts) entries."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        entries = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                Largest.entries = max(Largest.entries, out.numel())
+            return out
+
+    ranks = (2,) * 20
+    stack = make_stack(ranks, (tuple(range(20)),), 16, 512, torch.float32)
+    with torch.no_grad(), Largest():
+        routed_lora(torch.randn(256, 16), stack, make_weights(256, 20), aggregation="output", kernel="folded")
+    assert Largest.entries == 256 * 512
