@@ -193,6 +193,7 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
         )
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **kwargs)
+        self.register_load_state_dict_post_hook(_trust_loaded)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base output plus the routed update, in the dtype of the base output; x is (..., I)."""
@@ -266,3 +267,7 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
 
     def __repr__(self) -> str:
         return "arrow_lora." + super().__repr__()
+
+
+def _trust_loaded(layer: ArrowLoraLinear, _incompatible_keys) -> None:
+    layer.trust_stored_prototypes()

@@ -82,6 +82,9 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
     ) -> None:
         """As in PEFT; the config is copied, and all adapters are read and checked before the model is changed."""
         resolved = resolve(self.peft_config[adapter_name], model)
+        for module in model.modules():  # TRL copies the policy's parameters, prototypes too, into its reference
+            if isinstance(module, ArrowLoraLayer):
+                module.build_prototypes()
         self.peft_config[adapter_name] = resolved.config
         config = resolved.config
         self._resolved, self._index, self._from_state_dict = resolved, config.layout_index(), state_dict is not None

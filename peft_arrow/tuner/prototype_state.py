@@ -33,7 +33,8 @@ def _count_step(*_) -> None:
             layer.build_prototypes(compiled)
 
 
-# FSDP keeps the version counters of gathered parameters constant, so that with it only the optimizer tells of a step.
+# Fused optimizers raise no version counter, and FSDP keeps those of gathered parameters constant: there only the
+# optimizer itself tells of a step.
 register_optimizer_step_post_hook(_count_step)
 
 
@@ -43,8 +44,8 @@ def is_distributed() -> bool:
 
 
 def fingerprint(weights: list[torch.Tensor]) -> tuple:
-    """A value that changes whenever one of the weights does, except through `.data`."""
-    steps = _optimizer_steps if is_distributed() else 0
+    """A value that changes with the weights, except through `.data`; optimizer steps count where something trains."""
+    steps = _optimizer_steps if any(w.requires_grad for w in weights) else None
     return (steps, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
 
 

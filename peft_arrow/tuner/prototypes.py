@@ -188,10 +188,28 @@ class PrototypeMixin:
             if self._dtypes(adapter_name) != before[adapter_name]:
                 self.discard_prototypes(adapter_name)
             elif clean[adapter_name]:
-                self.prototype_states[adapter_name].forget()
+                self.prototype_states[adapter_name].local = None
+                self._remember(adapter_name)
             elif self.prototype_states[adapter_name].fingerprints:
                 self.discard_prototypes(adapter_name)
         return self
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles get prototypes of the weights that they get."""
+        if not is_building_suspended():
+            self.build_prototypes()
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.trust_stored_prototypes()
+
+    def trust_stored_prototypes(self) -> None:
+        """Take complete prototypes that came with the weights (from a file, a copy) as those of these weights."""
+        for adapter_name, state in self.prototype_states.items():
+            weight = self.arrow_lora_router[adapter_name].weight
+            if not state.fingerprints and is_materialised(weight) and not torch.isnan(weight[:, 0]).any():
+                self._remember(adapter_name)
 
     def _dtypes(self, adapter_name: str) -> list[torch.dtype]:
         return [w.dtype for bank in self._bank_weights(adapter_name).values() for w in bank]

@@ -19,6 +19,10 @@ from .config import ArrowLoraConfig
 from .layouts import make_layout
 
 
+# The heads that `PeftModelForTokenClassification` and `PeftModelForQuestionAnswering` train in full.
+HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
+
+
 @dataclass
 class ResolvedExperts:
     """What `resolve` found.
@@ -54,6 +58,10 @@ def resolve(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExperts:
         resolved = ResolvedExperts(config.fresh())
     else:
         raise ValueError("ArrowLoraConfig has neither adapters nor num_experts; pass one of them.")
+    if resolved.config.modules_to_save is None:
+        # PEFT names these heads in the config it was given, after the adapter has been made from our copy of it.
+        heads = HEADS.get(resolved.config.task_type)
+        resolved.config.modules_to_save = None if heads is None else list(heads)
     resolved.config.check_trainable_experts()
     if resolved.config.aggregation == "parameter":
         check_equal_ranks(resolved.config)

@@ -171,7 +171,7 @@ def routing_html(
     layers = list(dict.fromkeys(layer_of(name) for step in trace.steps for name in step.modules))
     body = []
     for call, steps in enumerate(_calls(trace.steps)):
-        for row in range(_batch_size(steps[0])):
+        for row in range(_shape(steps[0])[0]):
             name = labels[row] if labels and row < len(labels) else f"call {call + 1}, row {row + 1}"
             tokens = [token for step in steps for token in _tokens(step, row, trace, layers, tokenizer)]
             body.append(f"<h2>{html.escape(name)}</h2>\n<p class='row'>{''.join(tokens)}</p>")
@@ -189,7 +189,7 @@ def _calls(steps: Sequence[TraceStep]) -> Iterator[list[TraceStep]]:
     for step in steps:
         ids, mask = step.input_ids, step.attention_mask
         continues = ids is not None and mask is not None and mask.dim() == 2 and mask.shape[1] > ids.shape[1]
-        if call and not (continues and _batch_size(step) == _batch_size(call[0])):
+        if call and not (continues and _shape(step)[0] == _shape(call[0])[0]):
             yield call
             call = []
         call.append(step)
@@ -197,18 +197,21 @@ def _calls(steps: Sequence[TraceStep]) -> Iterator[list[TraceStep]]:
         yield call
 
 
-def _batch_size(step: TraceStep) -> int:
-    return next(iter(step.modules.values())).top_k_index.shape[0]
+def _shape(step: TraceStep) -> torch.Size:
+    """(B, S) of the first module; inputs without a batch dimension are one row."""
+    shape = next(iter(step.modules.values())).top_k_index.shape[:-1]
+    return torch.Size([1, *shape]) if len(shape) == 1 else shape
 
 
 def _tokens(step: TraceStep, row: int, trace: RoutingTrace, layers: list[str], tokenizer: Any) -> Iterator[str]:
     """One span a token of `row`: text, class of its expert over all layers, expert of each layer, hover text."""
-    shape = next(iter(step.modules.values())).top_k_index.shape[:-1]
+    shape = _shape(step)
     kept = token_mask(step, shape)[row]
     weights_LSE = torch.zeros(len(layers), shape[1], len(trace.expert_names), dtype=torch.float64)
     for name, module in step.modules.items():
-        index, weights = module.top_k_index[row].cpu(), module.top_k_weights[row].cpu().double()
-        if index.shape[0] == shape[1]:
+        if module.top_k_index.numel() // module.top_k_index.shape[-1] == shape.numel():
+            index = module.top_k_index.reshape(*shape, -1)[row].cpu()
+            weights = module.top_k_weights.reshape(*shape, -1)[row].cpu().double()
             weights_LSE[layers.index(layer_of(name))].scatter_add_(1, index.clamp_min(0), weights)
     weights_LSE = weights_LSE / weights_LSE.sum(-1, keepdim=True).clamp_min(1e-30)
     for position in kept.nonzero().flatten().tolist():

@@ -15,6 +15,7 @@ class Patch:
     reason: str
 
 
+MIXED = "upstream writes out which methods take mixed batches (adapter_names): the tests are run instead of skipped"
 # What the harness itself needs, whatever the config class.
 HARNESS_PATCHES: tuple[Patch, ...] = (
     *(
@@ -45,6 +46,24 @@ HARNESS_PATCHES: tuple[Patch, ...] = (
         "if config_cls not in (IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",
         "if config_cls not in (_spec.config_cls, IA3Config, LoHaConfig, LoKrConfig, LoraConfig):",
         "upstream writes out which methods take Conv1D layers: the tests are run instead of skipped",
+    ),
+    Patch(
+        "testing_common",
+        "if config_cls not in (LoraConfig, RoadConfig):",
+        "if config_cls not in (_spec.config_cls, LoraConfig, RoadConfig):",
+        MIXED,
+    ),
+    Patch(
+        "testing_common",
+        "if config_cls not in (LoraConfig,):",
+        "if config_cls not in (_spec.config_cls, LoraConfig):",
+        MIXED,
+    ),
+    Patch(
+        "test_decoder_models",
+        "if config_cls != LoraConfig:",
+        "if config_cls not in (_spec.config_cls, LoraConfig):",
+        MIXED,
     ),
     Patch(
         "test_low_level_api",

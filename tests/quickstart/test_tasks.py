@@ -65,7 +65,9 @@ def test_every_template_names_the_same_fields(name):
 
 
 def test_an_entity_is_in_the_same_split_everywhere():
-    heldout = {str(entity) for task in TASKS.values() for field in task.pools for entity in task.pool(field, "heldout")}
+    heldout = {
+        str(entity) for task in TASKS.values() for field in task.pools for entity in task.pool(field, "heldout")
+    }
     assert not heldout & {entity for task in TASKS.values() for row in rows_of(task)[0] for entity in row.entities}
 
 

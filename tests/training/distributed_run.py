@@ -75,14 +75,8 @@ def save(accelerator: Accelerator, model, losses: list[float], folder: Path) -> 
 
 
 def use_fsdp2(accelerator: Accelerator) -> None:
-    """Shard decoder layers with accelerate's FSDP2 code, which it only turns on by itself where there is a GPU."""
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="full_state_dict",
-    )
-    accelerator.state.fsdp_plugin = plugin
+    """Turn on the FSDP2 that the launch configuration asks for; accelerate itself does so only where there is a GPU."""
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     accelerator.state.distributed_type = DistributedType.FSDP
 
 

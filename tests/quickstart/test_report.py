@@ -1,0 +1,97 @@
+"""The tables, sentences and pictures of a run whose numbers are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_arrow import ArrowLoraModel
+from peft_arrow.quickstart import report
+from peft_arrow.quickstart.tasks import Row
+
+
+def score(loss, exact=0.0, rows=2):
+    return {"loss": loss, "exact": exact, "row_losses": [loss] * rows}
+
+
+@pytest.fixture
+def result():
+    methods = {
+        "base": {"roman": score(4.0), "plural": score(6.0)},
+        "uniform": {"roman": score(2.0), "plural": score(3.0)},
+        "random-0": {"roman": score(2.0), "plural": score(2.0)},
+        "random-1": {"roman": score(3.0), "plural": score(3.0)},
+        "single": {"roman": score(0.5), "plural": score(5.5)},
+        "arrow": {"roman": score(1.0, 0.5), "plural": score(2.0, 0.25)},
+        "own": {"roman": score(0.5, 1.0), "plural": score(0.25, 0.75)},
+    }
+    return {"methods": methods, "best_single": "roman", "settings": {"top_k": 4, "seeds": 2}}
+
+
+def test_table_has_one_line_a_task_and_the_mean(result):
+    cells = report.table_cells(result["methods"], report.LOSS)
+    assert cells == [
+        ["task", "base", "uniform", "random", "single", "arrow", "own"],
+        ["roman", "4.00", "2.00", "2.50", "0.50", "1.00", "0.50"],
+        ["plural", "6.00", "3.00", "2.50", "5.50", "2.00", "0.25"],
+        ["mean over tasks", "5.00", "2.50", "2.50±0.71", "3.00", "1.50", "0.38"],
+    ]
+
+
+def test_text_table_has_fixed_width(result):
+    lines = report.text_table("Loss", report.table_cells(result["methods"], report.LOSS)).splitlines()
+    assert lines[0] == "Loss" and set(lines[1]) == {"-"}
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[2].split() == ["task", "base", "uniform", "random", "single", "arrow", "own"]
+
+
+def test_markdown_table(result):
+    lines = report.markdown_table("Loss", report.table_cells(result["methods"], report.EXACT)).splitlines()
+    assert lines[0] == "### Loss"
+    assert lines[3] == "|---|---:|---:|---:|---:|---:|---:|"
+    assert lines[4] == "| roman | 0.00 | 0.00 | 0.00 | 0.00 | 0.50 | 1.00 |"
+
+
+def test_paired_difference(result):
+    center, low, high = report.paired_difference(result["methods"]["arrow"], result["methods"]["base"])
+    assert center == low == high == pytest.approx(-3.5)
+    ours = {"a": {"row_losses": [0.0, 1.0, 2.0, 3.0]}}
+    center, low, high = report.paired_difference(ours, {"a": {"row_losses": [1.0, 1.0, 1.0, 1.0]}})
+    assert center == pytest.approx(0.5) and low < 0 < high
+    assert report.paired_difference(ours, {"a": {"row_losses": [1.0] * 4}}) == (center, low, high)
+
+
+def test_text_says_what_the_columns_are(result):
+    text = report.render_text(result)
+    for part in ("2 held-out rows a task", "'roman' for everything", "top_k=4", "mean of 2 seeds", "own       +1.125"):
+        assert part in text
+    assert "### Exact match" in report.render_markdown(result)
+
+
+def test_answers_are_one_line_each():
+    answers = {"roman": {"prompt": "4?\n", "expected": "IV", "arrow": "IV\nV", "base": "x" * 200}}
+    lines = report.render_answers(answers).splitlines()
+    assert lines[2:] == [
+        "[roman] 4?",
+        "  expected: IV",
+        "  arrow:    IV \u21b5 V",
+        "  base:     " + "x" * 89 + "\u2026",
+    ]
+
+
+def test_pictures_for_any_number_of_tasks_and_experts(tmp_path):
+    pytest.importorskip("matplotlib")
+    for count in (1, 5):
+        experts = [f"expert-{position}" for position in range(count + 1)]
+        layers = {f"model.layers.{layer}": [1 / len(experts)] * len(experts) for layer in range(3)}
+        shares = dict.fromkeys(experts[:count], layers)
+        report.draw_by_task(shares, experts, tmp_path / "task.png")
+        report.draw_by_layer(shares, experts, tmp_path / "layer.png")
+        for name in ("task.png", "layer.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_shares_per_task(base, tokenizer, adapter_folders):
+    model = ArrowLoraModel.from_pretrained(base, adapters=adapter_folders, top_k=2)
+    shares = report.task_shares(model, tokenizer, {"a": [Row("1\n", "I", (), ""), Row("12\n", "XII", (), "")]})
+    assert list(shares["a"]) == ["model.layers.0", "model.layers.1"]
+    assert all(sum(layer) == pytest.approx(1) for layer in shares["a"].values())
