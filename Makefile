@@ -12,7 +12,8 @@ TEST_STAMP = $(VENV)/.installed-for-tests
 JOBS ?= 2
 # As in: make quickstart QUICKSTART_ARGS="--steps 10"
 QUICKSTART_ARGS ?=
-PIP_INSTALL = install --quiet --disable-pip-version-check
+# Twice quiet: errors are shown, warnings about empty package indexes are not.
+PIP_INSTALL = install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-peft test-lowest quality style docs clean

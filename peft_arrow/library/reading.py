@@ -57,6 +57,10 @@ class Location:
         place = f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
         return f"{place}@{self.revision}" if self.revision else place
 
+    def public_name(self) -> str:
+        """The reference as it may be saved with a model: a Hub reference whole, of a folder its name alone."""
+        return self.describe() if self.folder is None else self.label
+
     def file(self, filename: str) -> str:
         """Local path of a file of the adapter, downloaded if it is on the Hub; raises one of `HUB_ERRORS`."""
         if self.folder is not None:

@@ -170,6 +170,10 @@ class ArrowLoraConfig(PeftConfig):
         """Whether `trainable_experts` lets this expert train."""
         return self.trainable_experts in (None, "all") or name in self.trainable_experts
 
+    def keeps_frozen(self) -> bool:
+        """Whether nothing may train: loaded for inference, experts that must not train lie beside those that may."""
+        return self.inference_mode and self.trainable_experts not in (None, "all")
+
     def check_trainable_experts(self) -> None:
         """Raise a `ValueError` if `trainable_experts` names an expert that is not there."""
         if isinstance(self.trainable_experts, (list, tuple, set)):

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 
 from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load
@@ -64,7 +65,7 @@ class EditingMixin:
             contents[unique] = fit_to_base(adapter, base)
             self._check_heads(adapter_name, adapter, contents[unique])
             draft.expert_names.append(unique)
-            add_layout(draft, contents[unique], adapter.source)
+            add_layout(draft, contents[unique], place.source if isinstance(place, Adapter) else place.public_name())
             if not draft.__dict__.get("_has_fresh") and isinstance(draft.target_modules, set):
                 draft.target_modules = draft.target_modules | set(contents[unique].factors)
         self._apply_draft(adapter_name, draft, contents)
@@ -118,11 +119,12 @@ class EditingMixin:
             check_equal_ranks(draft)
         index = draft.layout_index()
         draft._modules, draft._has_fresh = index.modules, index.has_fresh
+        draft.num_experts = None if draft.num_experts is None else len(draft.expert_names)
         layers = self.routed_layers()
         names = list(dict.fromkeys([*layers, *(module for c in contents.values() for module in c.factors)]))
         plans = {}
         for module in names:
-            is_targeted = is_match(type(self)._check_target_module_exists(draft, module))
+            is_targeted = is_match(BaseTuner._check_target_module_exists(draft, module))
             experts = index.experts(module, is_targeted)
             plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents)
         for module, plan in plans.items():
@@ -170,6 +172,7 @@ class EditingMixin:
             "prototype_update": draft.prototype_update,
             "weights": plan.weights,
             "inference_mode": draft.inference_mode,
+            "keep_frozen": draft.keeps_frozen(),
         }
         if layer is None:
             parent, target, target_name = _get_submodules(self.model, module)

@@ -40,6 +40,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         "prototype_states",
         "prototype_updates",
         "columns",
+        "kept_frozen",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -57,6 +58,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.prototype_states: dict[str, PrototypeState] = {}
         self.prototype_updates: dict[str, str] = {}
         self.columns: dict[str, dict] = {}
+        self.kept_frozen: dict[str, bool] = {}
         self.recorder: Callable | None = None
         self.inference_owner: Callable | None = None
         self.merged_adapters: list[str] = []
@@ -77,6 +79,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         weights: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
         init_weights: bool | None = None,
         inference_mode: bool = False,
+        keep_frozen: bool = False,
     ) -> None:
         """Add an adapter's experts to this layer, or replace them.
 
@@ -90,6 +93,7 @@ class ArrowLoraLayer(BaseTunerLayer):
                 Without `weights`: True starts B at zero, False at random, None leaves zeros that a checkpoint will
                 replace.
             inference_mode (`bool`): whether the adapter is frozen.
+            keep_frozen (`bool`): whether it stays so whatever is activated: experts that must not train are among it.
         """
         if aggregation == "parameter" and len(set(experts.ranks)) > 1:
             raise ValueError(
@@ -102,6 +106,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.kernels[adapter_name] = kernel
         self.prototype_updates[adapter_name] = prototype_update
         self.scales.setdefault(adapter_name, 1.0)
+        self.kept_frozen[adapter_name] = keep_frozen
         self.prototype_states[adapter_name] = PrototypeState()
         for is_main in (True, False):
             add_bank(self, adapter_name, experts, is_main, weights, init_weights)
@@ -138,6 +143,10 @@ class ArrowLoraLayer(BaseTunerLayer):
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
         for container in (self.arrow_lora_frozen_A, self.arrow_lora_frozen_B, self.arrow_lora_router):
             container.requires_grad_(False)
+        for adapter_name, is_kept in self.kept_frozen.items():
+            for container in (self.arrow_lora_A, self.arrow_lora_B):
+                if is_kept and adapter_name in container:
+                    container[adapter_name].requires_grad_(False)
 
     def _columns(self, adapter_name: str, device: torch.device) -> tuple:
         """Per bank: owner and scaling of each column, kept per device."""

@@ -148,6 +148,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
             "weights": weights,
             "init_weights": arrow_config.init_weights if self._index.has_fresh else None,
             "inference_mode": arrow_config.inference_mode,
+            "keep_frozen": arrow_config.keeps_frozen(),
         }
         if isinstance(target, ArrowLoraLayer):
             target.update_layer(adapter_name, **kwargs)

@@ -89,7 +89,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     resolved.expert_names = names
     resolved.layouts, resolved.expert_layouts, resolved.expert_sources = [], [], []
     for place, content in zip(located.values(), contents, strict=True):
-        add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.describe())
+        add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.public_name())
     modules = {module for content in contents for module in content.factors}
     if config.target_modules is None:
         resolved.target_modules = modules

@@ -180,6 +180,7 @@ ARROW = Spec(
     prefix="arrow_lora_",
     defaults={"num_experts": 2},
     patches=ARROW_PATCHES,
+    drop={"test_quantization::test_merge_unmerge_unload": "routing per token cannot be merged"},
     variants=(
         {"num_experts": 2, "top_k": 1, "r": 8, "lora_alpha": 32, "lora_dropout": 0.05},
         {"num_experts": 3, "top_k": 2, "r": 4, "lora_alpha": 16, "use_rslora": True, "aggregation": "parameter"},

@@ -32,8 +32,8 @@ def test_defaults_are_those_of_the_function(calls, capsys):
 
 
 def test_arguments_reach_the_function(calls):
-    line = "quickstart --base b --adapters x y@1 --output o --tasks roman clock --steps 3 --heldout 5 --top-k 2 --prompts p"
-    assert main(line.split()) == 0
+    line = "quickstart --base b --adapters x y@1 --output o --tasks roman clock --prompts p"
+    assert main([*line.split(), "--steps", "3", "--heldout", "5", "--top-k", "2"]) == 0
     ((args, kwargs),) = calls
     assert args == ("b", ["x", "y@1"], "o")
     assert kwargs["tasks"] == ["roman", "clock"] and kwargs["prompts"] == ["p"]

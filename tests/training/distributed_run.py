@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from peft import get_peft_model
 from torch.utils.data import DataLoader
 
@@ -77,7 +77,8 @@ def save(accelerator: Accelerator, model, losses: list[float], folder: Path) -> 
 def use_fsdp2(accelerator: Accelerator) -> None:
     """Turn on the FSDP2 that the launch configuration asks for; accelerate itself does so only where there is a GPU."""
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    accelerator.state.distributed_type = DistributedType.FSDP
+    for state in (PartialState(), accelerator.state):
+        state.distributed_type = DistributedType.FSDP
 
 
 def main(root: Path, mode: str) -> None:
