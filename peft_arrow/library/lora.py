@@ -167,7 +167,7 @@ def _factors(adapter: Adapter, module: str, halves: dict[str, torch.Tensor]) -> 
             f"{_where(adapter)}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
             f"{tuple(lora_B.shape)}; only linear modules, with two dimensions each, are supported."
         )
-    rank, scaling = _rank_and_scaling(adapter.config, module)
+    rank, scaling = _rank_and_scaling(adapter, module)
     if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
         raise ValueError(
             f"{_where(adapter)}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
@@ -179,10 +179,18 @@ def _factors(adapter: Adapter, module: str, halves: dict[str, torch.Tensor]) -> 
     return Factors(lora_A, lora_B, scaling)
 
 
-def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+def _rank_and_scaling(adapter: Adapter, module: str) -> tuple[int, float]:
+    config = adapter.config
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = int(ranks.get(get_pattern_key(ranks.keys(), module), config.get("r", 8)))
-    alpha = float(alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha", 8)))
-    if rank < 1:
-        raise ValueError(f"{module}: rank {rank} in the config; it must be at least 1.")
+    rank = ranks.get(get_pattern_key(ranks.keys(), module), config.get("r", 8))
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha", 8))
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(
+            f"{_where(adapter)}: its config gives {module} rank {rank!r}; it must be a whole number of at least 1."
+        )
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(
+            f"{_where(adapter)}: its config gives {module} lora_alpha {alpha!r}; it must be finite and not 0."
+        )
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

@@ -113,20 +113,20 @@ def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> lis
         place = replace(place, revision=revision)
     try:
         place.file(CONFIG_NAME)
-    except EntryNotFoundError as error:
-        return _locate_arrow_repo(text, place, error)
     except HUB_ERRORS as error:
+        # not in the cache and the Hub not asked is an EntryNotFoundError too, but says nothing of the repository
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return _locate_arrow_repo(text, place, error)
         raise ValueError(f"adapter {text!r}: there is no such folder, and the Hub answered: {error}") from error
     return [place]
 
 
 def _locate_arrow_repo(text: str, place: Location, error: Exception) -> list[Location]:
     prefix = f"{place.subfolder}/" if place.subfolder else ""
-    if not isinstance(error, LocalEntryNotFoundError):
-        files = HfApi(token=place.token).list_repo_files(place.repo_id, revision=place.revision)
-        if f"{prefix}{PEFT_ARROW_ROUTER}/{CONFIG_NAME}" in files:
-            folders = {file[len(prefix) :].split("/")[0] for file in files if file.startswith(prefix)}
-            return [replace(place, subfolder=prefix + task) for task in _task_order(folders)]
+    files = HfApi(token=place.token).list_repo_files(place.repo_id, revision=place.revision)
+    if f"{prefix}{PEFT_ARROW_ROUTER}/{CONFIG_NAME}" in files:
+        folders = {file[len(prefix) :].split("/")[0] for file in files if file.startswith(prefix)}
+        return [replace(place, subfolder=prefix + task) for task in _task_order(folders)]
     raise ValueError(
         f"adapter {text!r}: there is no such folder, and the Hub repository {place.repo_id!r} holds no "
         f"{prefix}{CONFIG_NAME} ({error})"

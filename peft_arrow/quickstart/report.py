@@ -6,8 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
 from ..tuner.trace_report import draw_heat_map, layer_labels, new_figure, routing_shares
 from .judge import encode
+from .tasks import Row
 
 
 Scores = Mapping[str, Mapping[str, Mapping]]
@@ -194,10 +199,12 @@ def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[st
     figure.savefig(path, dpi=110)
 
 
-def task_shares(model, tokenizer, rows_of: Mapping[str, Sequence]) -> dict[str, dict[str, list]]:
+def task_shares(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows_of: Mapping[str, Sequence[Row]]
+) -> dict[str, dict[str, list]]:
     """For each task, layer -> share of each expert, over all tokens of its rows."""
     shares = {}
-    for task, rows in rows_of.items():
+    for task, rows in tqdm(rows_of.items(), desc="drawing", unit="task"):
         with model.trace_routing() as trace:
             model(**encode(tokenizer, rows)[0], logits_to_keep=1)
         shares[task] = routing_shares(trace)

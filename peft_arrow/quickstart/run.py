@@ -3,12 +3,13 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
@@ -51,8 +52,7 @@ def run_quickstart(
         workers (`int`): processes that train, of one thread each.
 
     Returns:
-        `dict`: what is in `report.json`: `methods` (per method and task `loss`, `exact`, `row_losses`), `best_single`,
-        `answers`, `files`, `settings`, `seconds`.
+        `dict`: the content of `report.json`: `methods` (per method and task `loss`, `exact`, `row_losses`) and more.
     """
     started = time.monotonic()
     silence_known_warnings()
@@ -61,16 +61,11 @@ def run_quickstart(
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"settings": asdict(training) | asdict(judging) | {"base": base}}
     if adapters is None:
-        training = TrainSettings(**(asdict(training) | {"base": base}))
-        adapters = train_adapters(chosen, output / "adapters", training, workers)
+        adapters = train_adapters(chosen, output / "adapters", replace(training, base=base), workers)
         result["methods"], result["best_single"] = judge_methods(chosen, adapters, output / "judged", base, judging)
-        text = report.render_text(result)
-        (output / "report.txt").write_text(text + "\n", encoding="utf-8")
-        (output / "report.md").write_text(report.render_markdown(result) + "\n", encoding="utf-8")
-        print(f"\n{text}\n")
-    rows = {task.name: task.heldout_rows(judging.heldout) for task in chosen}
-    if prompts:
-        rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts, 1)}
+        write_tables(result, output)
+    rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts or (), 1)}
+    rows = rows or {task.name: task.heldout_rows(judging.heldout) for task in chosen}
     model, tokenizer = load_base(base)
     routed = ArrowLoraModel.from_pretrained(model, adapters=adapters, top_k=judging.top_k)
     result["answers"] = answer_batch(routed, tokenizer, {name: rows[name][0] for name in rows})
@@ -83,6 +78,14 @@ def run_quickstart(
     return result
 
 
+def write_tables(result: Mapping[str, Any], output: Path) -> None:
+    """Print the tables, and write them to `report.txt` and `report.md`."""
+    text = report.render_text(result)
+    (output / "report.txt").write_text(text + "\n", encoding="utf-8")
+    (output / "report.md").write_text(report.render_markdown(result) + "\n", encoding="utf-8")
+    print(f"\n{text}\n")
+
+
 @torch.no_grad()
 def answer_batch(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Row]
@@ -91,9 +94,12 @@ def answer_batch(
     batch = tokenizer([row.prompt for row in rows.values()], padding=True, padding_side="left", return_tensors="pt")
     options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     texts = {}
-    texts["arrow"] = _decode(tokenizer, model.generate(**batch, **options), batch)
-    with model.disable_adapter():
-        texts["base"] = _decode(tokenizer, model.generate(**batch, **options), batch)
+    with tqdm(total=2, desc="answering", unit="batch") as bar:
+        texts["arrow"] = _decode(tokenizer, model.generate(**batch, **options), batch)
+        bar.update()
+        with model.disable_adapter():
+            texts["base"] = _decode(tokenizer, model.generate(**batch, **options), batch)
+        bar.update()
     answers = {}
     for (name, row), arrow, plain in zip(rows.items(), texts["arrow"], texts["base"], strict=True):
         answers[name] = {"prompt": row.prompt, "expected": row.completion, "arrow": arrow, "base": plain}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils import resolve_quantization_backend
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from ..ops import ExpertBank, ExpertStack, routed_lora
@@ -17,6 +17,10 @@ from .layouts import LayerExperts
 from .prototype_state import PrototypeState
 from .prototypes import PrototypeLinear, PrototypeMixin
 from .tripwire import trip_on_backward
+
+
+def _never_merged(*_: Any) -> None:
+    raise NotImplementedError("A routed layer is never merged into its base layer.")
 
 
 class ArrowLoraLayer(BaseTunerLayer):
@@ -62,8 +66,9 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.recorder: Callable | None = None
         self.inference_owner: Callable | None = None
         self.merged_adapters: list[str] = []
+        # PEFT wants a way to quantise merged weights again, which a base quantised by hand lacks; nothing is merged
         self.quantization_backend = resolve_quantization_backend(
-            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass") or _never_merged
         )
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
@@ -273,6 +278,10 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
                 self.routed_delta(adapter_name, x[rows], pinned).to(result.dtype),
             )
         return result
+
+    def extra_repr(self) -> str:
+        """The quantisation backend, as PEFT's own layers show it."""
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "arrow_lora." + super().__repr__()

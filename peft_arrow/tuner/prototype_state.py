@@ -56,6 +56,16 @@ def is_materialised(*weights: torch.Tensor) -> bool:
     )
 
 
+def is_sharded(weight: torch.Tensor) -> bool:
+    """Whether the weight is a DTensor, as FSDP2 keeps parameters outside the forward of the module it wrapped."""
+    return hasattr(weight, "full_tensor")
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """The weight with all its shards; every process must call it at the same point, as they do in a forward."""
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
 @contextlib.contextmanager
 def building_suspended() -> Iterator[None]:
     """While weights are loaded, reading a state dict must not build prototypes of what is about to be replaced."""

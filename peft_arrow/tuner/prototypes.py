@@ -16,6 +16,8 @@ from .prototype_state import (
     is_building_suspended,
     is_distributed,
     is_materialised,
+    is_sharded,
+    whole,
 )
 
 
@@ -68,7 +70,9 @@ class PrototypeMixin:
         weights = self._bank_weights(adapter_name)
         stale: set[int] = set()
         if set(state.fingerprints) != set(weights):
-            stale.update(torch.isnan(self.arrow_lora_router[adapter_name].weight[:, 0]).nonzero().flatten().tolist())
+            stale.update(
+                torch.isnan(whole(self.arrow_lora_router[adapter_name].weight)[:, 0]).nonzero().flatten().tolist()
+            )
             return sorted(stale)
         for is_main, known in state.fingerprints.items():
             if known != fingerprint(weights[is_main]) and self.prototype_updates[adapter_name] == "step":
@@ -104,25 +108,30 @@ class PrototypeMixin:
             self.prototype_states[adapter_name].is_compiled = True
             return
         if not self.is_clean(adapter_name):
-            self.build_prototypes([adapter_name])
+            self.build_prototypes([adapter_name], gather=True)
             if not self.prototype_states[adapter_name].fingerprints:
                 raise RuntimeError(
                     "The prototypes of this ArrowLoraModel are not built, and they cannot be while its weights are "
                     "offloaded; call model.build_prototypes() before offloading."
                 )
 
-    def build_prototypes(self, adapter_names: Iterable[str] | None = None, rebuild: bool = False) -> None:
-        """Build the stale prototypes, or with `rebuild` all of them. Thread-safe; draws no random number."""
+    def build_prototypes(
+        self, adapter_names: Iterable[str] | None = None, rebuild: bool = False, gather: bool = False
+    ) -> None:
+        """Build the stale prototypes, or with `rebuild` all of them. Thread-safe; draws no random number.
+
+        With `gather`, also where the factors themselves are sharded: for a forward, in which all processes take part.
+        """
         for adapter_name in list(self.experts) if adapter_names is None else adapter_names:
             is_inference = self.arrow_lora_router[adapter_name].weight.is_inference()
             with BUILD_LOCK, torch.inference_mode(is_inference), torch.no_grad():
                 if rebuild or not self.is_clean(adapter_name):
-                    self._build(adapter_name, rebuild)
+                    self._build(adapter_name, rebuild, gather)
 
-    def _build(self, adapter_name: str, rebuild: bool) -> None:
+    def _build(self, adapter_name: str, rebuild: bool, gather: bool) -> None:
         experts, router = self.experts[adapter_name], self.arrow_lora_router[adapter_name]
         weights = [w for bank in self._bank_weights(adapter_name).values() for w in bank]
-        if not is_materialised(router.weight, *weights):
+        if not is_materialised(*(w for w in (router.weight, *weights) if not (gather and is_sharded(w)))):
             return
         stale = list(range(len(experts.positions))) if rebuild else self.stale_experts(adapter_name)
         if stale:
@@ -130,9 +139,10 @@ class PrototypeMixin:
             rows = top_right_singular_vectors([factors[e][0] for e in stale], [factors[e][1] for e in stale])
             state = self.prototype_states[adapter_name]
             if is_distributed():
-                known = router.weight.detach() if state.local is None else state.local
+                known = whole(router.weight.detach()) if state.local is None else state.local
                 state.local = known.float().index_copy(0, torch.tensor(stale, device=rows.device), rows)
-            router.weight[stale] = rows.to(router.weight)
+            if not is_sharded(router.weight):
+                router.weight[stale] = rows.to(router.weight)
         self._remember(adapter_name)
 
     def expert_factors(self, adapter_name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -140,6 +150,7 @@ class PrototypeMixin:
         experts = self.experts[adapter_name]
         factors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for is_main, (lora_A, lora_B) in self._bank_weights(adapter_name).items():
+            lora_A, lora_B = whole(lora_A), whole(lora_B)
             members = experts.bank(is_main)
             ranks = [experts.ranks[e] for e in members]
             factors.update(

@@ -5,7 +5,7 @@ folder to the Hub, so no test is changed and the Hub is never asked.
 
 Widths are at least 28 (narrower layers cannot take the ranks of the tests) and weights are drawn with a standard
 deviation of 0.1 (with 0.02 a tiny model's output hardly depends on its adapter, and "the adapter changes the output"
-is asserted often). The model of the quantisation tests is wider and calmer: they compare it with itself unquantised.
+is asserted often).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BERT = {
 }
 
 
-def _opt(layers: int = 2, width: int = 32, deviation: float = 0.1) -> transformers.PreTrainedModel:
+def _opt(layers: int = 2, width: int = 32) -> transformers.PreTrainedModel:
     config = transformers.OPTConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
@@ -53,7 +53,7 @@ def _opt(layers: int = 2, width: int = 32, deviation: float = 0.1) -> transforme
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
-        init_std=deviation,
+        init_std=0.1,
         **TOKENS,
     )
     return transformers.OPTForCausalLM(config)
@@ -130,7 +130,7 @@ def _deberta_v2() -> transformers.PreTrainedModel:
 
 BUILDERS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": _opt,
-    "peft-internal-testing/opt-125m": lambda: _opt(layers=12, width=128, deviation=0.05),
+    "peft-internal-testing/opt-125m": lambda: _opt(layers=12, width=64),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": _gpt2,
     "hf-internal-testing/tiny-random-gpt2": _gpt2,
     "peft-internal-testing/tiny-random-GPTJForCausalLM": _gptj,
