@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,18 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "arrow_config": "it is a router of PEFT's Arrow, not an expert; pass the folder that holds task_0, task_1, ...",
     "megatron_config": "Megatron's parallel layers are not supported",
+}
+NAMES = (str, list, tuple, set, type(None))
+CONFIG_TYPES = {
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "modules_to_save": (list, tuple, set, type(None)),
+    "layers_to_transform": (int, list, tuple, type(None)),
+    "layers_pattern": NAMES,
+    "rank_pattern": (dict, type(None)),
+    "alpha_pattern": (dict, type(None)),
+    "lora_dropout": (int, float, type(None)),
+    "use_rslora": (bool, type(None)),
 }
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 KEPT_BASE_CHANGING_INITS = ("pissa", "olora")
@@ -88,6 +101,30 @@ def check_kind(name: str, source: str, config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_types(adapter: Adapter) -> None:
+    """A file from elsewhere may say anything; what PEFT would choke on later is refused here, by name."""
+    config = adapter.config
+    for field, types in CONFIG_TYPES.items():
+        if not isinstance(config.get(field), types):
+            allowed = ", ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(
+                f"{_where(adapter)}: its config has {field}={config[field]!r}; allowed types are {allowed}."
+            )
+    if not 0 <= (config.get("lora_dropout") or 0) < 1:
+        raise ValueError(
+            f"{_where(adapter)}: its config has lora_dropout={config['lora_dropout']!r}; it must be in [0, 1)."
+        )
+    patterns = [config.get("target_modules"), config.get("exclude_modules")]
+    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    for pattern in (pattern for pattern in patterns if isinstance(pattern, str)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{_where(adapter)}: its config has {pattern!r}, which is no regular expression: {error}."
+            ) from error
+
+
 def read_lora(adapter: Adapter) -> LoraContent:
     """Take the adapter's tensors apart and check them.
 
@@ -95,6 +132,7 @@ def read_lora(adapter: Adapter) -> LoraContent:
         ValueError: a tensor is missing, unexpected, misshapen, not finite, or the whole update is zero.
     """
     check_kind(adapter.name, adapter.source, adapter.config)
+    _check_types(adapter)
     halves, saved, copies = _sort_tensors(adapter)
     if not halves:
         raise ValueError(f"{_where(adapter)}: the file holds no lora_A and lora_B tensors.")

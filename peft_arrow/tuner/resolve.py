@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features, clone_module, replicate_layers
@@ -18,6 +20,8 @@ from .base_modules import BaseModules, is_supported
 from .config import ArrowLoraConfig
 from .layouts import make_layout
 
+
+logger = logging.getLogger(__name__)
 
 # The heads that `PeftModelForTokenClassification` and `PeftModelForQuestionAnswering` train in full.
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
@@ -71,6 +75,7 @@ def resolve(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExperts:
 def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExperts:
     located = list_locations(config.adapters)
     names = list(config.expert_names or located)
+    _log_repeated(names, located)
     replication = _common_replication(names, located)
     if replication:
         model = clone_module(model, share_weights=True)
@@ -95,6 +100,19 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
         resolved.target_modules = modules
     take_heads(resolved, contents)
     return ResolvedExperts(resolved, contents)
+
+
+def _log_repeated(names: list[str], located: dict) -> None:
+    """The same adapter twice is taken, as asked, but it can cost a token two of its `top_k` experts: say so."""
+    known: dict[Any, str] = {}
+    for name, place in zip(names, located.values(), strict=True):
+        if isinstance(place, Adapter):
+            key = id(place.tensors)
+        else:
+            key = place.folder.resolve() if place.folder else (place.repo_id, place.subfolder, place.revision)
+        if key in known:
+            logger.warning("Experts %r and %r are the same adapter; a token can be sent to both.", known[key], name)
+        known.setdefault(key, name)
 
 
 def _common_replication(names: list[str], located: dict) -> list | None:

@@ -62,7 +62,9 @@ def vit_classifier():
 
 def swin_classifier():
     sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
-    return make(hf.SwinForImageClassification, hf.SwinConfig(**sizes, window_size=4, initializer_range=0.2, num_labels=3))
+    return make(
+        hf.SwinForImageClassification, hf.SwinConfig(**sizes, window_size=4, initializer_range=0.2, num_labels=3)
+    )
 
 
 def segformer():

@@ -106,7 +106,9 @@ def test_loading_is_linear_in_the_number_of_adapters(trio):
 
     def load(count):
         base = llama()
-        return count_calls(lambda: ArrowLoraModel.from_pretrained(base, {f"e{i}": folders[i % 3] for i in range(count)}))
+        return count_calls(
+            lambda: ArrowLoraModel.from_pretrained(base, {f"e{i}": folders[i % 3] for i in range(count)})
+        )
 
     load(2)
     assert load(40) < 4.2 * load(10)
@@ -156,7 +158,14 @@ def test_messages_are_about_the_argument(trio, case):
 
 
 def test_public_functions_are_documented():
-    for name in ("from_pretrained", "add_expert", "remove_expert", "set_router", "refresh_prototypes", "trace_routing"):
+    for name in (
+        "from_pretrained",
+        "add_expert",
+        "remove_expert",
+        "set_router",
+        "refresh_prototypes",
+        "trace_routing",
+    ):
         assert len(getattr(ArrowLoraModel, name).__doc__) > 40
     assert all(router.__doc__ and router.paper.startswith("https://") for router in ROUTERS.values())
     assert peft_arrow.ArrowLoraModel is ArrowLoraModel

@@ -34,7 +34,9 @@ def test_caches_change_nothing(model, options):
     beams = {"num_beams": options.get("num_beams", 1)}
     expected = model.generate(input_ids=ids, use_cache=False, **GREEDY, **beams)
     assert torch.equal(model.generate(input_ids=ids, **GREEDY, **options), expected)
-    assert not torch.equal(expected, llama().generate(input_ids=ids, **GREEDY, **beams)), "the adapters must be visible"
+    assert not torch.equal(expected, llama().generate(input_ids=ids, **GREEDY, **beams)), (
+        "the adapters must be visible"
+    )
 
 
 @pytest.mark.parametrize(("target", "assistant"), [("base", "routed"), ("routed", "base")])

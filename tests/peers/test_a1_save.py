@@ -23,7 +23,12 @@ def saved(tmp_path):
     """A saved routed model whose adapters are gone, and the logits it had."""
     folders = [adapter(tmp_path / name, seed=seed, r=4) for seed, name in enumerate(("one", "two"), 1)]
     llama().save_pretrained(tmp_path / "base")
-    model = routed(folders, lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(), top_k=1, router_temperature=0.5)
+    model = routed(
+        folders,
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval(),
+        top_k=1,
+        router_temperature=0.5,
+    )
     before = logits(model)
     assert difference(before, logits(llama())) > VISIBLE
     model.save_pretrained(tmp_path / "routed")

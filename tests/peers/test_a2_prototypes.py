@@ -155,6 +155,7 @@ def test_order_of_the_experts(trio):
 
 def test_a_linear_layer_alone(tmp_path):
     """Prototypes need nothing of transformers: a bare module is routed too."""
+
     def make():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()

@@ -113,9 +113,7 @@ def test_text_tower_only(tmp_path):
 @pytest.mark.parametrize("attention", ["SelfAttention", "EncDecAttention"])
 def test_one_kind_of_attention(tmp_path, attention):
     target = rf".*{attention}\.(q|v)"
-    folders = [
-        adapter(tmp_path / str(s), t5, seed=s, task_type="SEQ_2_SEQ_LM", target_modules=target) for s in (1, 2)
-    ]
+    folders = [adapter(tmp_path / str(s), t5, seed=s, task_type="SEQ_2_SEQ_LM", target_modules=target) for s in (1, 2)]
     assert_one_expert_is_plain(folders[0], t5)
     model = routed(folders, t5, top_k=1)
     assert_layers_match(model, folders, t5, top_k=1)
@@ -144,7 +142,9 @@ def test_rank_differs_on_one_module(tmp_path, pattern):
 
 def test_disjoint_layers_have_one_candidate_each(tmp_path):
     """Expert a on layer 0, expert b on layer 1: no choice to make, and the trace says so instead of hiding it."""
-    folders = {name: adapter(tmp_path / name, seed=layer + 1, layers_to_transform=[layer]) for layer, name in enumerate("ab")}
+    folders = {
+        name: adapter(tmp_path / name, seed=layer + 1, layers_to_transform=[layer]) for layer, name in enumerate("ab")
+    }
     model = routed(folders, top_k=2)
     assert_layers_match(model, list(folders.values()), top_k=2)
     with model.trace_routing() as trace:

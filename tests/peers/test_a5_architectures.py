@@ -142,13 +142,7 @@ def test_unknown_linear_layers_are_refused_by_name(tmp_path):
         ArrowLoraModel.from_pretrained(nn.Sequential(OtherLinear()), [tmp_path / "bad"])
 
 
-BY_HAND = pytest.param(
-    "torchao by hand",
-    marks=pytest.mark.xfail(
-        strict=True, reason="PEFT asks for get_apply_tensor_subclass, which is only known for bases quantised on loading"
-    ),
-)
-QUANTISED = ("8bit", "4bit", "torchao int8", "torchao int8 dynamic", BY_HAND)
+QUANTISED = ("8bit", "4bit", "torchao int8", "torchao int8 dynamic", "torchao by hand")
 
 
 def wide_llama():

@@ -155,7 +155,9 @@ def test_warm_export(trio, strict):
 def test_cold_export_leaves_the_model_usable(model):
     with pytest.raises(Exception, match=r"call model.build_prototypes\(\) first"):
         torch.export.export(model.get_base_model(), (), {"input_ids": token_ids()})
-    assert all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in model.state_dict(keep_vars=True).values())
+    assert all(
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in model.state_dict(keep_vars=True).values()
+    )
     assert torch.isfinite(logits(model)).all()
 
 
@@ -233,6 +235,16 @@ def test_half_precision_base_routes_in_float32(trio):
         assert layer.arrow_lora_router["default"].weight.dtype == torch.float32
         x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
         assert layer.route("default", x).top_k_weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_dtype_of_experts_on_a_half_precision_base(trio, autocast_adapter_dtype):
+    """float32 by default, as PEFT has it; the base's dtype where asked for."""
+    config = ArrowLoraConfig(adapters=trio)
+    model = get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=autocast_adapter_dtype)
+    found = {p.dtype for name, p in model.named_parameters() if "arrow_lora_A" in name or "arrow_lora_B" in name}
+    assert found == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
+    assert torch.isfinite(logits(model)).all()
 
 
 def assert_layers_match_loosely(model, folders):

@@ -14,7 +14,6 @@ from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from .adapters import (
     TOLERANCE,
     VISIBLE,
-    adapter,
     assert_layers_match,
     assert_unchanged,
     difference,
@@ -166,7 +165,10 @@ def test_set_scale(trio, model):
     assert difference(halved, base) > VISIBLE and difference(halved, before) > VISIBLE
     model.set_scale(1)
     assert torch.equal(logits(model), before)
-    with pytest.raises(ValueError, match="only supported for models with `LoraLayer`"), rescale_adapter_scale(model, 0):
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`"),
+        rescale_adapter_scale(model, 0),
+    ):
         pass
 
 
