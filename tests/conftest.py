@@ -49,6 +49,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Put the environment back: transformers 4 writes ACCELERATE_MIXED_PRECISION into it and reads it in the next run."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def base():
     """A fresh Llama of two layers and width 32."""

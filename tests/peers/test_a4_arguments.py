@@ -133,7 +133,6 @@ def test_same_adapter_twice_is_told_apart_by_name(trio):
         routed([trio["one"], trio["one"]], expert_names=["one", "one"])
 
 
-@pytest.mark.xfail(strict=True, reason="nothing is said yet, see 07")
 def test_same_adapter_twice_is_logged(trio, caplog):
     routed([trio["one"], trio["two"]], top_k=2)
     assert "same adapter" not in caplog.text

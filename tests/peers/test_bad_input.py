@@ -17,15 +17,7 @@ from .bases import gpt2, llama
 from .damage import UNUSABLE
 
 
-NOT_NAMED = pytest.mark.xfail(strict=True, reason="other fields of an adapter's config are not checked, see 06")
-
-
-def _mark(kind: str):
-    is_open = kind.startswith("config: ") and not kind.startswith(("config: r=", "config: lora_alpha="))
-    return pytest.param(kind, marks=NOT_NAMED) if is_open else kind
-
-
-@pytest.mark.parametrize("kind", [_mark(kind) for kind in UNUSABLE])
+@pytest.mark.parametrize("kind", UNUSABLE)
 def test_unusable_third_adapter(tmp_path, trio, kind):
     """By both ways in, and as a later expert: the error names the adapter, the base or model is as it was."""
     make, message = UNUSABLE[kind]
@@ -153,6 +145,13 @@ def test_bad_call_on_a_live_model(trio, call, error, message):
         call(model)
     assert_unchanged(model, state)
     assert model.peft_config["default"].to_dict() == config and torch.equal(logits(model), expected)
+
+
+@pytest.mark.xfail(strict=True, reason="a saved routed model is not told from other methods, see 10")
+def test_a_routed_model_is_not_an_expert(tmp_path, trio):
+    routed(trio).save_pretrained(tmp_path / "routed")
+    with pytest.raises(ValueError, match=r"'routed'.*saved routed model.*PeftModel.from_pretrained\(base, folder\)"):
+        routed([trio["one"], tmp_path / "routed"])
 
 
 def test_duplicate_name_of_a_later_expert(trio):

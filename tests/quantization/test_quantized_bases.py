@@ -1,6 +1,6 @@
 """Quantised bases that run on a CPU: bitsandbytes 8 and 4 bit, torchao int8 weight-only.
 
-The reference is plain PEFT LoRA on the same quantised base: with one expert and `top_k=1` the routed model is that adapter.
+The reference is plain PEFT LoRA on the same quantised base: with one expert the routed model is that adapter.
 """
 
 from __future__ import annotations
@@ -102,7 +102,9 @@ def test_gradients_flow_to_the_experts_as_to_plain_lora(quantised, folders):
         model.train()
         model(**token_batch()).loss.backward()
         found[mark] = {
-            name.replace(mark, "."): parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad
+            name.replace(mark, "."): parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
         }
     expected, gradients = found[".lora_"], found[".arrow_lora_"]
     assert gradients.keys() == expected.keys() and len(expected) == 2 * 2 * len(TARGETS)

@@ -2,9 +2,8 @@
 
     accelerate launch --num_processes 2 ... distributed_run.py FOLDER
 
-FOLDER holds `adapters.json`, the folders of the adapters by name. For each case of `CASES` the losses of all steps, logits
-after the last one and the saved model are left in FOLDER/<case>. Run without `accelerate launch`, one process takes the
-batches of both.
+FOLDER holds `adapters.json`, the folders of the adapters by name. For each case the losses of all steps, logits after
+the last one and the saved model are left in FOLDER/<case>. In one process `train` takes the rows of both.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from peft import get_peft_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from peft_arrow import ArrowLoraConfig
@@ -45,6 +46,10 @@ def train(accelerator: Accelerator, adapters: dict[str, str], case: str) -> tupl
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1)
     loader = DataLoader(token_rows(ROWS * STEPS), batch_size=ROWS // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    return model, _steps(accelerator, model, optimizer, loader)
+
+
+def _steps(accelerator: Accelerator, model, optimizer, loader) -> list[float]:
     losses = []
     for batch in loader:
         loss = model(input_ids=batch, labels=batch).loss
@@ -52,7 +57,19 @@ def train(accelerator: Accelerator, adapters: dict[str, str], case: str) -> tupl
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
-    return model, losses
+    return losses
+
+
+def train_sharded_leaves(accelerator: Accelerator, adapters: dict[str, str]) -> tuple[torch.nn.Module, list[float]]:
+    """As `train`, with `fully_shard` on the experts' own linear modules instead of on decoder layers."""
+    model = routed_model(adapters, "all").train()
+    for layer in model.base_model.routed_layers().values():
+        for container in (layer.arrow_lora_A, layer.arrow_lora_B, layer.arrow_lora_router):
+            fully_shard(container["default"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.1)
+    loader = DataLoader(token_rows(ROWS * STEPS), batch_size=ROWS // accelerator.num_processes)
+    return model, _steps(accelerator, model, optimizer, accelerator.prepare_data_loader(loader))
 
 
 def logits_of(model) -> torch.Tensor:
@@ -66,7 +83,9 @@ def save(accelerator: Accelerator, model, losses: list[float], folder: Path) -> 
     """What a training script saves, and the losses and logits beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     logits = logits_of(model)
-    state_dict = accelerator.get_state_dict(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    is_leaves = folder.name == "leaves"
+    state_dict = get_model_state_dict(model, options=options) if is_leaves else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state_dict)
         torch.save(logits, folder / "logits.pt")
@@ -75,7 +94,7 @@ def save(accelerator: Accelerator, model, losses: list[float], folder: Path) -> 
 
 
 def use_fsdp2(accelerator: Accelerator) -> None:
-    """Turn on the FSDP2 that the launch configuration asks for; accelerate itself does so only where there is a GPU."""
+    """Turn on the FSDP2 that the launch configuration asks for; accelerate does so only where there is a GPU."""
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
     for state in (PartialState(), accelerator.state):
         state.distributed_type = DistributedType.FSDP
@@ -91,6 +110,8 @@ def main(root: Path, mode: str) -> None:
         model, losses = train(accelerator, adapters, case)
         save(accelerator, model, losses, root / case)
         accelerator.free_memory()
+    if mode == "fsdp2":
+        save(accelerator, *train_sharded_leaves(accelerator, adapters), root / "leaves")
     accelerator.end_training()
 
 

@@ -43,7 +43,7 @@ def arguments(config_class, folder: Path, **options):
 
 
 class PrototypeWatch(TrainerCallback):
-    """Compares the prototypes that a step's forward used with the exact ones, before the optimizer changes the weights."""
+    """Compares the prototypes that a step's forward used with the exact ones, before the weights change."""
 
     def __init__(self) -> None:
         self.errors: list[float] = []
@@ -98,7 +98,7 @@ def stored_prototypes(model, adapter_name: str = "default") -> dict[tuple[str, s
 
 
 def prototype_error(model, adapter_name: str = "default") -> float:
-    """Largest distance of a stored prototype from the exact one, up to sign: the SVD of the dense update in float64."""
+    """Largest distance of a stored prototype from the exact one, up to sign: SVD of the dense update in float64."""
     stored = stored_prototypes(model, adapter_name)
     errors = []
     for key, (lora_A, lora_B) in factors(model, adapter_name).items():

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ FSDP2 = {
     },
 }
 LAUNCHES = {"ddp": DDP, "fsdp2": FSDP2}
+# The case, and that of the single process which it has to equal; `leaves` shards the experts' own modules.
+RUNS = [("ddp", "all", "all"), ("ddp", "subset", "subset"), ("fsdp2", "all", "all"), ("fsdp2", "subset", "subset")]
+RUNS += [("fsdp2", "leaves", "all")]
 
 
 def free_port() -> int:
@@ -66,17 +70,23 @@ def single(adapter_folders) -> dict[str, tuple[torch.nn.Module, list[float]]]:
     return results
 
 
-@pytest.fixture(scope="module", params=LAUNCHES)
-def launched(request, adapter_folders, tmp_path_factory) -> Path:
-    """The folder that two processes wrote."""
-    root = tmp_path_factory.mktemp(request.param)
-    (root / "adapters.json").write_text(json.dumps(adapter_folders))
-    launch(root, request.param)
-    return root
+@pytest.fixture(scope="module")
+def launched(adapter_folders, tmp_path_factory) -> Callable[[str], Path]:
+    """The folder that two processes wrote in a mode; they run when it is first asked for."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(mode: str) -> Path:
+        if mode not in folders:
+            folders[mode] = tmp_path_factory.mktemp(mode)
+            (folders[mode] / "adapters.json").write_text(json.dumps(adapter_folders))
+            launch(folders[mode], mode)
+        return folders[mode]
+
+    return folder_of
 
 
 def saved_factors(folder: Path, trained_by_one: torch.nn.Module) -> dict:
-    """The factors of a saved model by module and expert; the shapes are those of the model that one process trained."""
+    """The factors of a saved model by module and expert; the shapes are those of `trained_by_one`."""
     tensors = load_file(folder / "adapter_model.safetensors")
     names = trained_by_one.peft_config["default"].expert_names
     found = {}
@@ -90,34 +100,37 @@ def saved_factors(folder: Path, trained_by_one: torch.nn.Module) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["all", "subset"])
-def test_two_processes_give_the_single_process_result(case, launched, single, adapter_folders, tmp_path):
-    model, losses = single[case]
-    report = json.loads((launched / case / "losses.json").read_text())
+@pytest.mark.parametrize(("mode", "case", "reference"), RUNS)
+def test_two_processes_give_the_single_process_result(
+    mode, case, reference, launched, single, adapter_folders, tmp_path
+):
+    folder = launched(mode) / case
+    model, losses = single[reference]
+    report = json.loads((folder / "losses.json").read_text())
     assert report["processes"] == 2
     assert report["losses"] == pytest.approx(losses, abs=1e-5)
 
-    one = tmp_path / "one"
-    model.save_pretrained(one)
-    alone, together = (load_file(folder / "adapter_model.safetensors") for folder in (one, launched / case))
+    model.save_pretrained(tmp_path)
+    alone, together = (load_file(saved / "adapter_model.safetensors") for saved in (tmp_path, folder))
     assert alone.keys() == together.keys()
     for key, tensor in alone.items():
         assert (tensor - together[key]).abs().max() < 2e-5, key
 
-    moves = changed(factors_of_folders(adapter_folders), saved_factors(launched / case, model))
-    trained = {"dates"} if case == "subset" else {"plurals", "dates", "sql"}
+    moves = changed(factors_of_folders(adapter_folders), saved_factors(folder, model))
+    trained = {"dates"} if reference == "subset" else {"plurals", "dates", "sql"}
     assert moves["all"] == trained
     assert moves["none"] == {"plurals", "dates", "sql"} - trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["all", "subset"])
-def test_the_saved_folder_reloads(case, launched, single):
-    again = PeftModel.from_pretrained(pico_base(), launched / case, adapter_name="again").eval()
-    logits = torch.load(launched / case / "logits.pt")
+@pytest.mark.parametrize(("mode", "case", "reference"), RUNS)
+def test_the_saved_folder_reloads(mode, case, reference, launched, single):
+    folder = launched(mode) / case
+    again = PeftModel.from_pretrained(pico_base(), folder, adapter_name="again").eval()
+    logits = torch.load(folder / "logits.pt")
     assert relative_difference(distributed_run.logits_of(again), logits) < 1e-6
     assert prototype_error(again, "again") < 1e-5
-    assert relative_difference(distributed_run.logits_of(single[case][0]), logits) < 1e-5
+    assert relative_difference(distributed_run.logits_of(single[reference][0]), logits) < 1e-5
 
 
 def test_older_prototypes_would_give_other_losses(single):

@@ -29,9 +29,7 @@ def trainer_for(model, folder, **options) -> DPOTrainer:
 
 
 def policy(folders: dict[str, str], subset: list[str] | None):
-    return ArrowLoraModel.from_pretrained(
-        pico_base(), folders, top_k=1, is_trainable=True, trainable_experts=subset
-    )
+    return ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=1, is_trainable=True, trainable_experts=subset)
 
 
 def step_without_a_forward_after(model) -> None:

@@ -1,4 +1,4 @@
-"""Prototypes are those of the current weights: rebuilt once per optimizer step for what trains, and after every other change."""
+"""Prototypes are those of the current weights: rebuilt once per optimizer step for what trains, and after any change."""
 
 from __future__ import annotations
 

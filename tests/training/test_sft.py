@@ -59,9 +59,7 @@ def trained(kind: str, setting: str, folders: dict[str, str], folder):
     """The trained model without accelerate's wrappers, and what was seen of the prototypes on the way."""
     watch = PrototypeWatch()
     model, config = model_and_config(kind, folders)
-    trainer = sft(
-        model, pico_tokenizer(), folder / "run", peft_config=config, callbacks=[watch], **SETTINGS[setting]
-    )
+    trainer = sft(model, pico_tokenizer(), folder / "run", peft_config=config, callbacks=[watch], **SETTINGS[setting])
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False), watch.errors
 
 
@@ -84,7 +82,7 @@ def test_the_experts_train_and_the_others_do_not(kind, setting, adapter_folders,
     model, errors = trained(kind, setting, adapter_folders, tmp_path)
     after = factors(model)
     if kind == "fresh":
-        assert set(name for _, name in after) == KINDS[kind]
+        assert {name for _, name in after} == KINDS[kind]
         assert all(lora_B.abs().max() > 1e-3 for _, lora_B in after.values())
     else:
         moves = changed(factors_of_folders(adapter_folders), after)
