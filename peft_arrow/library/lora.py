@@ -85,6 +85,11 @@ class LoraContent:
 def check_kind(name: str, source: str, config: Mapping[str, Any]) -> None:
     """Raise a `ValueError` that names the feature and the reason if the adapter is not a plain LoRA."""
     peft_type = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
+    if peft_type == "ARROW_LORA":
+        raise ValueError(
+            f"adapter {name!r} ({source}): it is a saved routed model, not an expert; load it with "
+            "PeftModel.from_pretrained(base, folder)."
+        )
     if peft_type != "LORA":
         raise ValueError(
             f"adapter {name!r} ({source}): peft_type is {peft_type!r}; only 'LORA' adapters can be routed."

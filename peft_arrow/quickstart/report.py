@@ -190,8 +190,9 @@ def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[st
         if task in experts:
             row = list(experts).index(task)
             axes.axhspan(row - 0.5, row + 0.5, fill=False, edgecolor="tab:red", linewidth=1.5)
-    for axes in list(grid.flat)[len(shares) :]:
-        axes.set_visible(False)
+    for position, axes in enumerate(grid.flat):
+        axes.set_visible(position < len(shares))
+        axes.tick_params(labelbottom=position + across >= len(shares))
     figure.supxlabel("layer")
     figure.supylabel("expert (adapter)")
     figure.suptitle("Share of the routing weight of each expert in each layer (red frame: the task's own adapter)")

@@ -16,10 +16,10 @@ from .. import ArrowLoraModel
 from ..tuner.trace_report import routing_html
 from . import report
 from .base import load_base, silence_known_warnings
-from .judge import encode
+from .judge import encode, files_fingerprint
 from .methods import JudgeSettings, judge_methods
 from .task_list import load_tasks
-from .tasks import Row
+from .tasks import Row, Task
 from .train import TrainSettings, train_adapters
 
 
@@ -59,23 +59,47 @@ def run_quickstart(
     training, judging = training or TrainSettings(), judging or JudgeSettings()
     chosen, output = load_tasks(tasks), Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"settings": asdict(training) | asdict(judging) | {"base": base}}
+    result: dict[str, Any] = {"settings": asdict(training) | asdict(judging) | {"base": base}, "fingerprint": None}
     if adapters is None:
         adapters = train_adapters(chosen, output / "adapters", replace(training, base=base), workers)
         result["methods"], result["best_single"] = judge_methods(chosen, adapters, output / "judged", base, judging)
         write_tables(result, output)
-    rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts or (), 1)}
-    rows = rows or {task.name: task.heldout_rows(judging.heldout) for task in chosen}
-    model, tokenizer = load_base(base)
-    routed = ArrowLoraModel.from_pretrained(model, adapters=adapters, top_k=judging.top_k)
-    result["answers"] = answer_batch(routed, tokenizer, {name: rows[name][0] for name in rows})
-    print(report.render_answers(result["answers"]))
-    result["files"] = draw(routed, tokenizer, rows, output)
+        result["fingerprint"] = files_fingerprint(list(adapters.values()), [result["settings"], list(prompts or ())])
+    shown = earlier_answers(output, result["fingerprint"])
+    result |= shown or answer_and_draw(base, adapters, chosen, prompts, judging, output)
     result["seconds"] = round(time.monotonic() - started, 1)
     (output / "report.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(report.render_answers(result["answers"]))
     print("\nWritten:", *(f"  {path}" for path in sorted(output.iterdir())), sep="\n")
     print(f"Took {result['seconds']:.0f} s.")
     return result
+
+
+def earlier_answers(output: Path, fingerprint: str | None) -> dict[str, Any]:
+    """Answers and files of an earlier run with the same adapters, settings and prompts; empty if there are none."""
+    path = output / "report.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if fingerprint and path.exists() else {}
+    is_same = bool(stored) and stored["fingerprint"] == fingerprint
+    if not is_same or not all(Path(file).exists() for file in stored["files"]):
+        return {}
+    return {key: stored[key] for key in ("answers", "files")}
+
+
+def answer_and_draw(
+    base: str | None,
+    adapters: Any,
+    tasks: Sequence[Task],
+    prompts: Sequence[str] | None,
+    judging: JudgeSettings,
+    output: Path,
+) -> dict[str, Any]:
+    """Answer one prompt of each task, or the given ones, in one batch, and draw where the tokens went."""
+    rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts or (), 1)}
+    rows = rows or {task.name: task.heldout_rows(judging.heldout) for task in tasks}
+    model, tokenizer = load_base(base)
+    routed = ArrowLoraModel.from_pretrained(model, adapters=adapters, top_k=judging.top_k)
+    answers = answer_batch(routed, tokenizer, {name: rows[name][0] for name in rows})
+    return {"answers": answers, "files": draw(routed, tokenizer, rows, output)}
 
 
 def write_tables(result: Mapping[str, Any], output: Path) -> None:

@@ -263,6 +263,8 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
 
     def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, row_targets: list) -> torch.Tensor:
         """Row b of the batch goes through `row_targets[b]`: (adapter, None), (adapter, expert position), or None."""
+        if len(row_targets) != x.shape[0]:
+            raise ValueError(f"adapter_names has {len(row_targets)} names (times beams) for {x.shape[0]} rows.")
         for target in dict.fromkeys(row_targets):
             if target is None or target[0] not in self.experts:
                 continue

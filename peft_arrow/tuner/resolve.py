@@ -97,7 +97,9 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
         add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.public_name())
     modules = {module for content in contents for module in content.factors}
     if config.target_modules is None:
-        resolved.target_modules = modules
+        # PEFT counts layers only where a name is the end of a module's, not where it is the whole of it
+        by_layer = config.layers_to_transform is not None
+        resolved.target_modules = {module.rpartition(".")[2] for module in modules} if by_layer else modules
     take_heads(resolved, contents)
     return ResolvedExperts(resolved, contents)
 

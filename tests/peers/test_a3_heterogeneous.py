@@ -106,13 +106,9 @@ SELECTIONS = {
     "exclude_modules": ({"exclude_modules": ["q_proj"]}, lambda name: name.endswith("v_proj")),
     "layers_to_transform": ({"layers_to_transform": [1]}, lambda name: ".1." in name),
 }
-SELECTION_CASES = [
-    pytest.param(key, marks=pytest.mark.xfail(strict=True, reason="ignored, see 09")) if key[0] == "l" else key
-    for key in SELECTIONS
-]
 
 
-@pytest.mark.parametrize("case", SELECTION_CASES)
+@pytest.mark.parametrize("case", SELECTIONS)
 def test_part_of_what_the_experts_have(tmp_path, trio, case):
     """The config can leave modules of its experts out; the saved model leaves them out too."""
     options, is_kept = SELECTIONS[case]

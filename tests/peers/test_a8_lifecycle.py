@@ -202,7 +202,6 @@ def test_mixed_batch(trio, model):
         model(ids, adapter_names=["default", "nobody", "__base__"])
 
 
-@pytest.mark.xfail(strict=True, reason="rows without a name silently get the base, see 08")
 @pytest.mark.parametrize("names", [["one"], ["one"] * 4])
 def test_mixed_batch_needs_a_name_per_row(model, names):
     """As in PEFT: fewer names than rows would leave rows to the base without a word."""

@@ -147,7 +147,6 @@ def test_bad_call_on_a_live_model(trio, call, error, message):
     assert model.peft_config["default"].to_dict() == config and torch.equal(logits(model), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a saved routed model is not told from other methods, see 10")
 def test_a_routed_model_is_not_an_expert(tmp_path, trio):
     routed(trio).save_pretrained(tmp_path / "routed")
     with pytest.raises(ValueError, match=r"'routed'.*saved routed model.*PeftModel.from_pretrained\(base, folder\)"):

@@ -34,3 +34,12 @@ def test_a_batch_is_answered_as_its_rows_alone(pico, base, tokenizer, adapter_fo
     together = run.answer_batch(model, tokenizer, rows)
     for name, row in rows.items():
         assert run.answer_batch(model, tokenizer, {name: row})[name] == together[name]
+
+
+def test_answers_of_an_earlier_run_are_used_only_for_the_same_adapters(tmp_path):
+    report = {"fingerprint": "one", "answers": {"roman": {}}, "files": [str(tmp_path / "tokens.html")]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert run.earlier_answers(tmp_path, "one") == {}
+    (tmp_path / "tokens.html").write_text("page")
+    assert run.earlier_answers(tmp_path, "one") == {"answers": report["answers"], "files": report["files"]}
+    assert run.earlier_answers(tmp_path, "two") == run.earlier_answers(tmp_path, None) == {}

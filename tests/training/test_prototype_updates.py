@@ -1,4 +1,4 @@
-"""Prototypes are those of the current weights: rebuilt once per optimizer step for what trains, and after any change."""
+"""Prototypes are those of the current weights: rebuilt once per optimizer step for what trains, and after a change."""
 
 from __future__ import annotations
 
