@@ -51,7 +51,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def same_environment():
-    """Put the environment back: transformers 4 writes ACCELERATE_MIXED_PRECISION into it and reads it in the next run."""
+    """Put the environment back: transformers 4 leaves ACCELERATE_MIXED_PRECISION in it for the next test to read."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -1,7 +1,7 @@
 """A Hub on loopback, as much of it as reading adapters asks for: resolve (HEAD, GET), tree and model info.
 
-Run `python -m tests.hub_server FOLDER`: serves FOLDER/<user>/<repo>/<revision>/..., prints its address, stops with stdin.
-A repository named `private-...` wants the token `hf_reader`.
+Run `python -m tests.hub_server FOLDER`: serves FOLDER/<user>/<repo>/<revision>/..., prints its address, stops with
+stdin. A repository named `private-...` wants the token `hf_reader`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
         if verb == "resolve":
             return self.send_file(folder / revision, "/".join(parts[4:]), revision)
         if verb == "tree":
-            return self.send(200, json.dumps([{"type": "file", "path": f, "size": 1, "oid": "0"} for f in files]).encode())
+            return self.send(
+                200, json.dumps([{"type": "file", "path": f, "size": 1, "oid": "0"} for f in files]).encode()
+            )
         info = {"id": "/".join(repo), "sha": sha(revision), "siblings": [{"rfilename": f} for f in files], "tags": []}
         return self.send(200, json.dumps(info).encode())
 
@@ -71,7 +73,11 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, body: bytes, headers: dict | None = None):
         """Status, headers, and for GET the body."""
         self.send_response(status)
-        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}.items():
+        for key, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **(headers or {}),
+        }.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":

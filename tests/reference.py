@@ -1,7 +1,7 @@
 """Routed LoRA written from the formulas, token by token and expert by expert, in float64 numpy.
 
-Shares no function with `peft_arrow`: adapters are read with `json` and `safetensors.numpy`, prototypes are singular vectors
-of the dense update, routing is a sort.
+Shares no function with `peft_arrow`: adapters are read with `json` and `safetensors.numpy`, prototypes are singular
+vectors of the dense update, routing is a sort.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lookup(pattern: dict, module: str, default: float) -> float:
 
 
 def route(x: np.ndarray, experts: dict[int, DenseExpert], top_k: int, temperature: float = 1.0):
-    """Arrow for one token: {position: weight} of the chosen experts, and the gap between the k-th and the next score."""
+    """Arrow for one token: {position: weight} of the chosen, and the gap between the k-th and the next score."""
     scores = sorted(((abs(float(x @ e.prototype)), p) for p, e in experts.items()), reverse=True)
     kept = scores[:top_k]
     gap = kept[-1][0] - scores[top_k][0] if len(scores) > top_k else math.inf

@@ -79,7 +79,7 @@ def earlier_answers(output: Path, fingerprint: str | None) -> dict[str, Any]:
     """Answers and files of an earlier run with the same adapters, settings and prompts; empty if there are none."""
     path = output / "report.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if fingerprint and path.exists() else {}
-    is_same = bool(stored) and stored["fingerprint"] == fingerprint
+    is_same = bool(stored) and stored.get("fingerprint") == fingerprint
     if not is_same or not all(Path(file).exists() for file in stored["files"]):
         return {}
     return {key: stored[key] for key in ("answers", "files")}

@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
+
 from peft_arrow import Adapter, AdapterRef, ArrowLoraConfig, ArrowLoraModel
 from peft_arrow.library.adapter import list_locations, slug
-
 from tests.hub_server import TOKEN, serve
 from tests.pico import pico_adapter, pico_base
 
@@ -149,7 +149,7 @@ print(json.dumps([model.expert_names, layer.experts["default"].ranks]))
 
 
 def test_hub(tmp_path):
-    """Repository, subfolder, revision, private with its own token, PEFT's Arrow; and the errors of what is not there."""
+    """Repository, subfolder, revision, private with its own token, PEFT's Arrow; errors of what is not there."""
     hub = tmp_path / "hub"
     options = {"target_modules": ["q_proj"]}
     pico_adapter(hub / "ann/plain/main", seed=1, r=2, **options)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, routed_lora
 from torch import nn
+
+from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, routed_lora
 
 
 SHAPES = [

@@ -43,3 +43,5 @@ def test_answers_of_an_earlier_run_are_used_only_for_the_same_adapters(tmp_path)
     (tmp_path / "tokens.html").write_text("page")
     assert run.earlier_answers(tmp_path, "one") == {"answers": report["answers"], "files": report["files"]}
     assert run.earlier_answers(tmp_path, "two") == run.earlier_answers(tmp_path, None) == {}
+    (tmp_path / "report.json").write_text("{}")
+    assert run.earlier_answers(tmp_path, "one") == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peft_arrow.routers import top_right_singular_vectors
 
 

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 
+from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from tests.pico import pico_base
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+
 from peft_arrow import ArrowLoraModel
 from peft_arrow.tuner import prototypes
-
 from tests.pico import pico_adapter, pico_base
 
 

@@ -1,13 +1,13 @@
-"""A mixed library against the formula, token by token and expert by expert, in every layer; and mutants that must fail."""
+"""A mixed library against the formula, token by token, in every layer; and mutants that must fail."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+
 from peft_arrow import ArrowLoraModel
 from peft_arrow.tuner import ArrowLoraLayer
-
 from tests.pico import pico_adapter, pico_base
 from tests.reference import read_experts, route, routed_update, uniform
 
@@ -23,7 +23,12 @@ def mixed_folders(tmp_path_factory) -> list[str]:
         {"r": 4, "target_modules": ["q_proj", "v_proj"]},
         {"r": 8, "target_modules": "all-linear", "lora_alpha": 1, "use_rslora": True},
         {"r": 2, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
-        {"r": 3, "target_modules": ["q_proj", "k_proj"], "rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 12}},
+        {
+            "r": 3,
+            "target_modules": ["q_proj", "k_proj"],
+            "rank_pattern": {"q_proj": 5},
+            "alpha_pattern": {"k_proj": 12},
+        },
         {"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj"], "lora_alpha": 1, "lora_dropout": 0.5},
     ]
     return [pico_adapter(root / f"adapter-{i}", seed=10 + i, **shape) for i, shape in enumerate(shapes)]
@@ -63,7 +68,7 @@ def captured_updates(model, ids) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def worst_difference(model, folders, ids, top_k, aggregation="output", router="arrow", temperature=1.0):
-    """Largest difference to the formula over all layers and tokens, tokens with tied scores left out; and their share."""
+    """Largest difference to the formula, tokens with tied scores left out; and the share of those."""
     experts = read_experts(folders)
     updates, largest_logit = captured_updates(model, ids)
     assert set(updates) == set(experts), "the routed modules are not those that the adapters have"

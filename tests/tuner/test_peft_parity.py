@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
-from peft_arrow import ArrowLoraModel
 
+from peft_arrow import ArrowLoraModel
 from tests.pico import pico_adapter, pico_base
 
 
@@ -30,10 +30,8 @@ def ids():
 
 @pytest.mark.parametrize("top_k, temperature", [(1, 1.0), (2, 1.0), (4, 0.3)])
 def test_same_prototypes_same_logits(equal_rank_folders, ids, top_k, temperature):
-    """With our exact prototypes put into PEFT's layers both models agree within 1e-5; with PEFT's own they need not."""
-    ours = ArrowLoraModel.from_pretrained(
-        pico_base(), equal_rank_folders, top_k=top_k, router_temperature=temperature
-    )
+    """With our exact prototypes put into PEFT's layers both models agree within 1e-5."""
+    ours = ArrowLoraModel.from_pretrained(pico_base(), equal_rank_folders, top_k=top_k, router_temperature=temperature)
     config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=0)
     peft = create_arrow_model(pico_base(), equal_rank_folders, config).eval()
     with torch.no_grad():

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from tests.pico import pico_adapter, pico_base
 
 
@@ -56,7 +56,9 @@ def logits_of(model, ids):
 @pytest.mark.parametrize("built_before", [True, False])
 def test_new_process_other_name_other_seed_adapters_deleted(tmp_path, ids, built_before):
     """The saved folder is all that is needed; the logits are equal bit for bit."""
-    folders = [pico_adapter(tmp_path / f"a{i}", seed=i, r=2 + i, target_modules=["q_proj", "v_proj"]) for i in range(3)]
+    folders = [
+        pico_adapter(tmp_path / f"a{i}", seed=i, r=2 + i, target_modules=["q_proj", "v_proj"]) for i in range(3)
+    ]
     pico_base().save_pretrained(tmp_path / "base")
     model = ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=2)
     if built_before:
@@ -102,7 +104,7 @@ def test_state_dict_copy_and_pickle(routed, ids):
 
 
 def test_disk_format_has_one_stack_a_layer(tmp_path, adapter_folders, ids):
-    """Two banks in memory, one stack on disk; the subset's reload differs by rounding only (another order of addition)."""
+    """Two banks in memory, one stack on disk; a subset's reload adds in another order and differs by rounding."""
     model = ArrowLoraModel.from_pretrained(
         pico_base(), adapter_folders, is_trainable=True, trainable_experts=["sql"], top_k=2
     ).eval()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
-from peft_arrow import ArrowLoraModel
 
+from peft_arrow import ArrowLoraModel
 from tests.pico import pico_base
 from tests.reference import read_experts, route
 
