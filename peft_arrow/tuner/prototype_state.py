@@ -88,17 +88,26 @@ class PrototypeState:
     Attributes:
         fingerprints (`dict[bool, tuple]`): of the weights that the prototypes were built from, by bank.
         local (`torch.Tensor`, *optional*): this process's own copy, where parameters may be sharded.
+        is_built (`bool`): whether there are fingerprints. Compiled graphs guard on this, not on the fingerprints, which
+            are new after every step.
         is_compiled (`bool`): whether a compiled graph uses them, which cannot check for itself.
     """
 
     def __init__(self) -> None:
         self.fingerprints: dict[bool, tuple | None] = {}
+        self.is_built = False
         self.local: torch.Tensor | None = None
         self.is_compiled = False
+
+    def remember(self, fingerprints: dict[bool, tuple]) -> None:
+        """The prototypes belong to the weights with these fingerprints."""
+        self.fingerprints = fingerprints
+        self.is_built = True
 
     def forget(self) -> None:
         """Trust the stored rows as they are (NaN: not built) and remember the weights anew at the next use."""
         self.fingerprints = {}
+        self.is_built = False
         self.local = None
 
     def __deepcopy__(self, memo: dict) -> PrototypeState:

@@ -81,7 +81,7 @@ class PrototypeMixin:
 
     def _remember(self, adapter_name: str) -> None:
         weights = self._bank_weights(adapter_name)
-        self.prototype_states[adapter_name].fingerprints = {bank: fingerprint(w) for bank, w in weights.items()}
+        self.prototype_states[adapter_name].remember({bank: fingerprint(w) for bank, w in weights.items()})
         built_layers.add(self)
 
     def is_clean(self, adapter_name: str) -> bool:
@@ -100,7 +100,7 @@ class PrototypeMixin:
             RuntimeError: something is stale while the model is being compiled or exported.
         """
         if torch.compiler.is_compiling():
-            if not self.prototype_states[adapter_name].fingerprints:
+            if not self.prototype_states[adapter_name].is_built:
                 raise RuntimeError(
                     "The prototypes of this ArrowLoraModel are not built, and they cannot be while it is compiled or "
                     "exported; call model.build_prototypes() first."

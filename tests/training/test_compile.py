@@ -123,7 +123,6 @@ def test_training_uses_the_prototypes_of_each_step(fused, subset, folders):
     assert all((x - y).abs().max() < 1e-4 for key in eager for x, y in zip(eager[key], fast[key]))
 
 
-@pytest.mark.xfail(strict=True, reason="graphs guard on fingerprints, which every step changes: patch 02")
 def test_one_graph_serves_all_steps(folders):
     """No step compiles anew: prototypes change in place."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,11 @@ FSDP2 = {
     },
 }
 LAUNCHES = {"ddp": DDP, "fsdp2": FSDP2}
-# The case, and that of the single process which it has to equal; `leaves` shards the experts' own modules.
-RUNS = [("ddp", "all", "all"), ("ddp", "subset", "subset"), ("fsdp2", "all", "all"), ("fsdp2", "subset", "subset")]
-RUNS += [("fsdp2", "leaves", "all")]
+# Each case with that of the single process which it has to equal; `leaves` shards the experts' own modules.
+CASES = {
+    "ddp": {"all": "all", "subset": "subset"},
+    "fsdp2": {"all": "all", "subset": "subset", "leaves": "all"},
+}
 
 
 def free_port() -> int:
@@ -70,21 +71,6 @@ def single(adapter_folders) -> dict[str, tuple[torch.nn.Module, list[float]]]:
     return results
 
 
-@pytest.fixture(scope="module")
-def launched(adapter_folders, tmp_path_factory) -> Callable[[str], Path]:
-    """The folder that two processes wrote in a mode; they run when it is first asked for."""
-    folders: dict[str, Path] = {}
-
-    def folder_of(mode: str) -> Path:
-        if mode not in folders:
-            folders[mode] = tmp_path_factory.mktemp(mode)
-            (folders[mode] / "adapters.json").write_text(json.dumps(adapter_folders))
-            launch(folders[mode], mode)
-        return folders[mode]
-
-    return folder_of
-
-
 def saved_factors(folder: Path, trained_by_one: torch.nn.Module) -> dict:
     """The factors of a saved model by module and expert; the shapes are those of `trained_by_one`."""
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -100,37 +86,41 @@ def saved_factors(folder: Path, trained_by_one: torch.nn.Module) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "case", "reference"), RUNS)
-def test_two_processes_give_the_single_process_result(
-    mode, case, reference, launched, single, adapter_folders, tmp_path
-):
-    folder = launched(mode) / case
-    model, losses = single[reference]
-    report = json.loads((folder / "losses.json").read_text())
-    assert report["processes"] == 2
-    assert report["losses"] == pytest.approx(losses, abs=1e-5)
+@pytest.mark.parametrize("mode", LAUNCHES)
+def test_two_processes_give_the_single_process_result(mode, single, adapter_folders, tmp_path):
+    """One launch per test, because tests that share one may run in different workers."""
+    (tmp_path / "adapters.json").write_text(json.dumps(adapter_folders))
+    launch(tmp_path, mode)
+    for case, reference in CASES[mode].items():
+        folder = tmp_path / case
+        model, losses = single[reference]
+        report = json.loads((folder / "losses.json").read_text())
+        assert report["processes"] == 2
+        assert report["losses"] == pytest.approx(losses, abs=1e-5), case
+        check_weights(folder, model, reference, adapter_folders, tmp_path / f"{case}-alone")
+        check_reload(folder, model)
 
-    model.save_pretrained(tmp_path)
-    alone, together = (load_file(saved / "adapter_model.safetensors") for saved in (tmp_path, folder))
-    assert alone.keys() == together.keys()
-    for key, tensor in alone.items():
-        assert (tensor - together[key]).abs().max() < 2e-5, key
 
-    moves = changed(factors_of_folders(adapter_folders), saved_factors(folder, model))
+def check_weights(folder: Path, model, reference: str, adapters: dict[str, str], alone: Path) -> None:
+    """The saved tensors are those of one process, prototypes included, and the right experts have moved."""
+    model.save_pretrained(alone)
+    one, two = (load_file(saved / "adapter_model.safetensors") for saved in (alone, folder))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        assert (tensor - two[key]).abs().max() < 2e-5, (folder.name, key)
+    moves = changed(factors_of_folders(adapters), saved_factors(folder, model))
     trained = {"dates"} if reference == "subset" else {"plurals", "dates", "sql"}
     assert moves["all"] == trained
     assert moves["none"] == {"plurals", "dates", "sql"} - trained
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "case", "reference"), RUNS)
-def test_the_saved_folder_reloads(mode, case, reference, launched, single):
-    folder = launched(mode) / case
+def check_reload(folder: Path, model) -> None:
+    """The folder gives the logits that the two processes and the single one had at the end."""
     again = PeftModel.from_pretrained(pico_base(), folder, adapter_name="again").eval()
     logits = torch.load(folder / "logits.pt")
     assert relative_difference(distributed_run.logits_of(again), logits) < 1e-6
     assert prototype_error(again, "again") < 1e-5
-    assert relative_difference(distributed_run.logits_of(single[reference][0]), logits) < 1e-5
+    assert relative_difference(distributed_run.logits_of(model), logits) < 1e-5
 
 
 def test_older_prototypes_would_give_other_losses(single):
