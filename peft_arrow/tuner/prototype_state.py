@@ -89,7 +89,7 @@ class PrototypeState:
         fingerprints (`dict[bool, tuple]`): of the weights that the prototypes were built from, by bank.
         local (`torch.Tensor`, *optional*): this process's own copy, where parameters may be sharded.
         is_built (`bool`):
-            whether there are fingerprints. Compiled graphs guard on this, because fingerprints are new after every step.
+            whether there are fingerprints. Compiled graphs guard on this, because those are new after every step.
         is_compiled (`bool`): whether a compiled graph uses them, which cannot check for itself.
     """
 
