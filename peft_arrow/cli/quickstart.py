@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", help="folder or Hub id of the base model (default: SmolLM2-135M-Instruct, from PyPI)"
     )
     parser.add_argument("--adapters", nargs="+", help="route these adapters of the base; trains and judges nothing")
-    parser.add_argument("--prompts", nargs="+", help="what to answer (default: a held-out prompt of each task)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        type=with_newlines,
+        help="what to answer, in the form the adapters know; \\n is a new line (default: a prompt of each task)",
+    )
     parser.add_argument("--output", default="quickstart_output", help="folder for all results (default: %(default)s)")
     parser.add_argument("--tasks", nargs="+", help="only these tasks (default: all; a wrong name lists them)")
     parser.add_argument(
@@ -51,6 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def with_newlines(text: str) -> str:
+    """A shell does not make new lines of `\\n`; prompts need them."""
+    return text.replace("\\n", "\n")
 
 
 def at_least_1(text: str) -> int:

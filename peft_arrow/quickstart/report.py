@@ -148,8 +148,8 @@ def render_answers(answers: Mapping[str, Mapping[str, str]]) -> str:
     for name, answer in answers.items():
         lines.append(f"\n[{name}] {answer['prompt'].strip()}")
         for key in ("expected", "arrow", "base"):
-            if answer[key]:
-                lines.append(f"  {key + ':':<10}{shorten(answer[key])}")
+            if answer[key] or key != "expected":
+                lines.append(f"  {key + ':':<10}{shorten(answer[key]) or '(nothing: it ended the text at once)'}")
     return "\n".join(lines)
 
 

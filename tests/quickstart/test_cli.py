@@ -32,11 +32,11 @@ def test_defaults_are_those_of_the_function(calls, capsys):
 
 
 def test_arguments_reach_the_function(calls):
-    line = "quickstart --base b --adapters x y@1 --output o --tasks roman clock --prompts p"
+    line = "quickstart --base b --adapters x y@1 --output o --tasks roman clock --prompts p q\\n"
     assert main([*line.split(), "--steps", "3", "--heldout", "5", "--top-k", "2"]) == 0
     ((args, kwargs),) = calls
     assert args == ("b", ["x", "y@1"], "o")
-    assert kwargs["tasks"] == ["roman", "clock"] and kwargs["prompts"] == ["p"]
+    assert kwargs["tasks"] == ["roman", "clock"] and kwargs["prompts"] == ["p", "q\n"]
     assert kwargs["training"].steps == 3
     assert kwargs["judging"] == JudgeSettings(heldout=5, top_k=2)
 

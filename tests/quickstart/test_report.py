@@ -78,6 +78,15 @@ def test_answers_are_one_line_each():
     ]
 
 
+def test_an_empty_answer_is_said():
+    answers = {"prompt 1": {"prompt": "4?", "expected": "", "arrow": "", "base": " \n"}}
+    assert report.render_answers(answers).splitlines()[2:] == [
+        "[prompt 1] 4?",
+        "  arrow:    (nothing: it ended the text at once)",
+        "  base:     (nothing: it ended the text at once)",
+    ]
+
+
 def test_pictures_for_any_number_of_tasks_and_experts(tmp_path):
     pytest.importorskip("matplotlib")
     for count in (1, 5):
