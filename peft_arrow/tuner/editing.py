@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -60,8 +60,7 @@ class EditingMixin:
             while unique in draft.expert_names:
                 count += 1
                 unique = f"{derived}-{count}"
-            adapter = load(unique, place)
-            adapter = Adapter(unique, adapter.config, adapter.tensors, adapter.source)
+            adapter = replace(load(unique, place), name=unique)
             contents[unique] = fit_to_base(adapter, base)
             self._check_heads(adapter_name, adapter, contents[unique])
             draft.expert_names.append(unique)
@@ -121,17 +120,28 @@ class EditingMixin:
         draft._modules, draft._has_fresh = index.modules, index.has_fresh
         draft.num_experts = None if draft.num_experts is None else len(draft.expert_names)
         layers = self.routed_layers()
+        like = next(layer for layer in layers.values() if adapter_name in layer.experts)
+        options = {
+            "router": like.routers[adapter_name],
+            "kernel": like.kernels[adapter_name],
+            "aggregation": draft.aggregation,
+            "prototype_update": draft.prototype_update,
+            "inference_mode": draft.inference_mode,
+            "keep_frozen": draft.keeps_frozen(),
+        }
+        scale, factor = like.scales[adapter_name], like.expert_factors(adapter_name)[0][0]
         names = list(dict.fromkeys([*layers, *(module for c in contents.values() for module in c.factors)]))
         plans = {}
         for module in names:
             is_targeted = is_match(BaseTuner._check_target_module_exists(draft, module))
             experts = index.experts(module, is_targeted)
-            plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents)
+            plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents, factor)
         for module, plan in plans.items():
-            self._carry_out(adapter_name, draft, module, layers.get(module), plan)
+            self._carry_out(adapter_name, module, layers.get(module), plan, options, scale)
         self.peft_config[adapter_name] = draft
 
-    def _plan(self, adapter_name, draft, module, layer, experts, contents) -> LayerPlan:
+    def _plan(self, adapter_name, draft, module, layer, experts, contents, like) -> LayerPlan:
+        """What the module is to have; new factors get the dtype and device of those there, or of the tensor `like`."""
         if experts is None:
             return LayerPlan(None, [], None)
         config = self.peft_config[adapter_name]
@@ -140,11 +150,7 @@ class EditingMixin:
         factors = layer.expert_factors(adapter_name) if is_present else []
         rows_EI = layer.arrow_lora_router[adapter_name].weight.detach() if is_present else None
         stale = set(layer.stale_experts(adapter_name)) if is_present else set()
-        like = (
-            next(iter(self.routed_layers().values())).expert_factors(adapter_name)[0][0]
-            if not factors
-            else factors[0][0]
-        )
+        like = factors[0][0] if factors else like
         weights, prototypes = [], []
         for position in experts.positions:
             name = draft.expert_names[position]
@@ -158,22 +164,12 @@ class EditingMixin:
                 prototypes.append(rows_EI[old] * (float("nan") if old in stale else 1.0))
         return LayerPlan(experts, weights, torch.stack(prototypes))
 
-    def _carry_out(self, adapter_name, draft, module, layer, plan: LayerPlan) -> None:
+    def _carry_out(self, adapter_name, module, layer, plan: LayerPlan, options, scale) -> None:
         if plan.experts is None:
             if layer is not None and adapter_name in layer.experts:
                 self._drop_layer(adapter_name, module, layer)
             return
-        like = next(iter(self.routed_layers().values()))
-        options = {
-            "experts": plan.experts,
-            "router": like.routers[adapter_name],
-            "kernel": like.kernels[adapter_name],
-            "aggregation": draft.aggregation,
-            "prototype_update": draft.prototype_update,
-            "weights": plan.weights,
-            "inference_mode": draft.inference_mode,
-            "keep_frozen": draft.keeps_frozen(),
-        }
+        options = {**options, "experts": plan.experts, "weights": plan.weights}
         if layer is None:
             parent, target, target_name = _get_submodules(self.model, module)
             layer = self._create_new_module(adapter_name, target, **options)
@@ -182,6 +178,7 @@ class EditingMixin:
             self.targeted_module_names.append(module)
         else:
             layer.update_layer(adapter_name, **options)
+        layer.set_scale(adapter_name, scale)
         with torch.no_grad():
             layer.arrow_lora_router[adapter_name].weight.copy_(plan.prototypes_EI)
 

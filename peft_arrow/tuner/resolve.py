@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features, clone_module, replicate_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    clone_module,
+    replicate_layers,
+)
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..library.adapter import Adapter, config_of, list_locations, load
 from ..library.lora import LoraContent, read_lora
 from .base_change import undo_base_change
-from .base_modules import BaseModules, is_supported
+from .base_modules import BaseModules, is_match, is_supported
 from .config import ArrowLoraConfig
 from .layouts import make_layout
 
@@ -85,23 +91,41 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     for name, place in tqdm(
         zip(names, located.values(), strict=True), total=len(names), desc="Reading adapters", disable=len(names) < 20
     ):
-        adapter = load(name, place)
-        adapter = Adapter(name=name, config=adapter.config, tensors=adapter.tensors, source=adapter.source)
-        contents.append(fit_to_base(adapter, base))
+        contents.append(fit_to_base(replace(load(name, place), name=name), base))
     resolved = copy.copy(config)
     resolved.adapters = None
     resolved.layer_replication = replication or config.layer_replication
     resolved.expert_names = names
-    resolved.layouts, resolved.expert_layouts, resolved.expert_sources = [], [], []
-    for place, content in zip(located.values(), contents, strict=True):
-        add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.public_name())
     modules = {module for content in contents for module in content.factors}
     if config.target_modules is None:
         # PEFT counts layers only where a name is the end of a module's, not where it is the whole of it
         by_layer = config.layers_to_transform is not None
         resolved.target_modules = {module.rpartition(".")[2] for module in modules} if by_layer else modules
     take_heads(resolved, contents)
+    contents = _restrict(resolved, contents, model)
+    resolved.layouts, resolved.expert_layouts, resolved.expert_sources = [], [], []
+    for place, content in zip(located.values(), contents, strict=True):
+        add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.public_name())
     return ResolvedExperts(resolved, contents)
+
+
+def _restrict(config: ArrowLoraConfig, contents: list[LoraContent], model: nn.Module) -> list[LoraContent]:
+    """Keep of each expert the modules that the config targets, so that layouts say what is there."""
+    _maybe_include_all_linear_layers(config, model)
+    kept = []
+    for name, content in zip(config.expert_names, contents, strict=True):
+        factors = {
+            module: factor
+            for module, factor in content.factors.items()
+            if is_match(BaseTuner._check_target_module_exists(config, module))
+        }
+        if not factors:
+            raise ValueError(
+                f"target_modules, exclude_modules and layers_to_transform leave no module of expert {name!r}; it has "
+                f"{', '.join(sorted(content.factors)[:3])} ({len(content.factors)} in all)."
+            )
+        kept.append(replace(content, factors=factors))
+    return kept
 
 
 def _log_repeated(names: list[str], located: dict) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_arrow import ArrowLoraModel
+from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from peft_arrow.tuner import prototypes
 from tests.pico import pico_adapter, pico_base
 
@@ -79,6 +79,26 @@ def test_a_removed_middle_expert_leaves_the_others(tmp_path, adapter_folders, id
     assert float((logits_of(model, ids) - expected).abs().max()) < 1e-6
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(PeftModel.from_pretrained(pico_base(), tmp_path), ids), logits_of(model, ids))
+
+
+def test_editing_a_second_library_on_other_modules(adapter_folders, ids):
+    """The first routed layer may not have the active adapter; the other library is left alone, the scale is kept."""
+    model = ArrowLoraModel.from_pretrained(pico_base(), {"dates": adapter_folders["dates"]}, top_k=1)
+    before = logits_of(model, ids)
+    only_down = ArrowLoraConfig(adapters=[adapter_folders["sql"]], target_modules=["down_proj"], task_type="CAUSAL_LM")
+    model.add_adapter("second", only_down)
+    model.set_adapter("second")
+    model.set_scale(0.5)
+    model.add_expert(adapter_folders["plurals"])
+    assert model.expert_names == ["sql", "plurals"]
+    layers = model.base_model.routed_layers()
+    assert {layers[name].scales["second"] for name in layers if "second" in layers[name].experts} == {0.5}
+    model.remove_expert("sql")
+    model.set_scale(1.0)
+    plain = PeftModel.from_pretrained(pico_base(), adapter_folders["plurals"])
+    assert float((logits_of(model, ids) - logits_of(plain, ids)).abs().max()) < 1e-5
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model, ids), before)
 
 
 def test_a_bad_expert_changes_nothing(tmp_path, adapter_folders, ids):
