@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
@@ -145,7 +145,7 @@ def list_locations(
                     f"adapters[{name!r}]={reference!r} stands for {len(places)} adapters; a mapping names one adapter "
                     "per entry: pass such a reference in a list."
                 )
-            found[check_name(name)] = _renamed(places[0][1], name)
+            found[check_name(name)] = places[0][1]
     else:
         if isinstance(adapters, (str, PathLike, AdapterRef, Adapter)):
             adapters = _single(adapters, defaults)
@@ -186,17 +186,18 @@ def _find(reference: AdapterLike, defaults: AdapterRef | None) -> list[tuple[str
 def _with_unique_names(pairs: list[tuple[str, Adapter | Location]]) -> dict[str, Adapter | Location]:
     found: dict[str, Adapter | Location] = {}
     for name, place in pairs:
-        unique, count = name, 1
-        while unique in found:
-            count += 1
-            suffix = f"-{count}"
-            unique = name[: NAME_LENGTH - len(suffix)] + suffix
-        found[unique] = _renamed(place, unique)
+        found[unique_name(name, found)] = place
     return found
 
 
-def _renamed(place: Adapter | Location, name: str) -> Adapter | Location:
-    return replace(place, name=name) if isinstance(place, Adapter) else place
+def unique_name(name: str, taken: Container[str]) -> str:
+    """`name`, or where it is taken the first free of `name-2`, `name-3`, ..., cut to the allowed length."""
+    unique, count = name, 1
+    while unique in taken:
+        count += 1
+        suffix = f"-{count}"
+        unique = name[: NAME_LENGTH - len(suffix)] + suffix
+    return unique
 
 
 def config_of(place: Adapter | Location) -> Mapping[str, Any]:
@@ -204,15 +205,31 @@ def config_of(place: Adapter | Location) -> Mapping[str, Any]:
     return place.config if isinstance(place, Adapter) else read_config(place)
 
 
+def source_of(place: Adapter | Location) -> str:
+    """Where the adapter is from, as it may be saved with a model."""
+    return place.source if isinstance(place, Adapter) else place.public_name()
+
+
 def load(name: str, place: Adapter | Location) -> Adapter:
-    """Read the adapter's weights.
+    """Read the adapter's weights; the adapter gets that name.
 
     Raises:
         ValueError: the file is missing, is a pickle, or is not readable as safetensors.
     """
     if isinstance(place, Adapter):
-        return place
+        return replace(place, name=name)
     return Adapter(name=name, config=read_config(place), tensors=read_tensors(place), source=place.describe())
 
 
-__all__ = ["Adapter", "AdapterLike", "AdapterRef", "check_name", "config_of", "list_locations", "load", "slug"]
+__all__ = [
+    "Adapter",
+    "AdapterLike",
+    "AdapterRef",
+    "check_name",
+    "config_of",
+    "list_locations",
+    "load",
+    "slug",
+    "source_of",
+    "unique_name",
+]

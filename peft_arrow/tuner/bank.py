@@ -95,24 +95,30 @@ def _init_fresh(lora_A: nn.Linear, lora_B: nn.Linear, experts: LayerExperts, mem
                 nn.init.kaiming_uniform_(piece, a=math.sqrt(5))
 
 
-def column_tensors(experts: LayerExperts, scale: float, device: torch.device) -> tuple:
-    """For the main and the frozen bank: owner (int64) and scaling (float32) of each column, (R,).
+def bank_constants(experts: LayerExperts, scale: float, device: torch.device) -> tuple:
+    """(is_main, fields of `ExpertBank` beside the modules) of each bank that has experts.
 
-    Made outside inference mode, so that a model used there first can still be trained.
+    The tensors are made outside inference mode, so that a model used there first can still be trained.
     """
-    columns = []
+    banks = []
     with torch.inference_mode(False):
         for is_main in (True, False):
             members = experts.bank(is_main)
+            if not members:
+                continue
             owner = [e for e in members for _ in range(experts.ranks[e])]
-            scaling = [experts.scalings[e] * scale for e in owner]
-            columns.append(
-                (
-                    torch.tensor(owner, dtype=torch.int64, device=device),
-                    torch.tensor(scaling, dtype=torch.float32, device=device),
-                )
-            )
-    return tuple(columns)
+            constants = {
+                "experts": members,
+                "ranks": tuple(experts.ranks[e] for e in members),
+                "scalings": tuple(experts.scalings[e] * scale for e in members),
+                "dropouts": tuple(experts.dropouts[e] for e in members),
+                "owner_R": torch.tensor(owner, dtype=torch.int64, device=device),
+                "scaling_R": torch.tensor(
+                    [experts.scalings[e] * scale for e in owner], dtype=torch.float32, device=device
+                ),
+            }
+            banks.append((is_main, constants))
+    return tuple(banks)
 
 
 def join_banks(

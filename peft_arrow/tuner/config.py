@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any
@@ -141,9 +142,7 @@ class ArrowLoraConfig(PeftConfig):
         names = self.expert_names
         if names is not None:
             self.expert_names = names = [check_name(name) for name in names]
-            repeated = (
-                sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-            )
+            repeated = [name for name, count in Counter(names).items() if count > 1]
             if repeated:
                 raise ValueError(f"expert_names holds {repeated[0]!r} more than once; names must differ.")
             if self.num_experts is not None and len(names) != self.num_experts:

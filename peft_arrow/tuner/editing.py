@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 
-from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load
+from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load, source_of, unique_name
 from ..library.lora import LoraContent
 from .base_modules import BaseModules, is_match
 from .config import ArrowLoraConfig
@@ -56,15 +56,12 @@ class EditingMixin:
         base = BaseModules(self.model)
         contents: dict[str, LoraContent] = {}
         for derived, place in located.items():
-            unique, count = derived, 1
-            while unique in draft.expert_names:
-                count += 1
-                unique = f"{derived}-{count}"
-            adapter = replace(load(unique, place), name=unique)
+            unique = unique_name(derived, draft.expert_names)
+            adapter = load(unique, place)
             contents[unique] = fit_to_base(adapter, base)
             self._check_heads(adapter_name, adapter, contents[unique])
             draft.expert_names.append(unique)
-            add_layout(draft, contents[unique], place.source if isinstance(place, Adapter) else place.public_name())
+            add_layout(draft, contents[unique], source_of(place))
             if not draft.__dict__.get("_has_fresh") and isinstance(draft.target_modules, set):
                 draft.target_modules = draft.target_modules | set(contents[unique].factors)
         self._apply_draft(adapter_name, draft, contents)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops import ExpertBank, ExpertStack, routed_lora
 from ..routers import Router, Routing
-from .bank import add_bank, bank_modules, column_tensors
+from .bank import BANKS, add_bank, bank_constants, bank_modules
 from .layouts import LayerExperts
 from .prototype_state import PrototypeState
 from .prototypes import PrototypeLinear, PrototypeMixin
@@ -128,13 +128,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         castable = cast and base_dtype is not None and base_dtype.is_floating_point
-        for name in (
-            "arrow_lora_A",
-            "arrow_lora_B",
-            "arrow_lora_frozen_A",
-            "arrow_lora_frozen_B",
-            "arrow_lora_router",
-        ):
+        for name in (*BANKS[True], *BANKS[False], "arrow_lora_router"):
             container = getattr(self, name)
             if adapter_name not in container or device is None or device.type == "meta":
                 continue
@@ -154,31 +148,19 @@ class ArrowLoraLayer(BaseTunerLayer):
                     container[adapter_name].requires_grad_(False)
 
     def _columns(self, adapter_name: str, device: torch.device) -> tuple:
-        """Per bank: owner and scaling of each column, kept per device."""
+        """What does not change between forwards of each bank that has experts, kept per device."""
         by_device = self.columns[adapter_name]
         if device not in by_device:
-            by_device[device] = column_tensors(self.experts[adapter_name], self.scales[adapter_name], device)
+            by_device[device] = bank_constants(self.experts[adapter_name], self.scales[adapter_name], device)
         return by_device[device]
 
     def stack(self, adapter_name: str, device: torch.device) -> ExpertStack:
         """The adapter's experts as kernels take them."""
-        experts, columns = self.experts[adapter_name], self._columns(adapter_name, device)
-        banks = []
-        for is_main, (owner_R, scaling_R) in zip((True, False), columns, strict=True):
-            members = experts.bank(is_main)
-            if members:
-                banks.append(
-                    ExpertBank(
-                        *bank_modules(self, adapter_name, is_main),
-                        experts=members,
-                        ranks=tuple(experts.ranks[e] for e in members),
-                        scalings=tuple(experts.scalings[e] * self.scales[adapter_name] for e in members),
-                        dropouts=tuple(experts.dropouts[e] for e in members),
-                        owner_R=owner_R,
-                        scaling_R=scaling_R,
-                    )
-                )
-        return ExpertStack(tuple(banks), len(experts.positions), self.out_features, self.training)
+        banks = tuple(
+            ExpertBank(*bank_modules(self, adapter_name, is_main), **constants)
+            for is_main, constants in self._columns(adapter_name, device)
+        )
+        return ExpertStack(banks, len(self.experts[adapter_name].positions), self.out_features, self.training)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's routed update by `scale` (1 is the original)."""

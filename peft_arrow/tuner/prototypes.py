@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..routers import top_right_singular_vectors
-from .bank import bank_modules
+from .bank import BANKS, bank_modules
 from .prototype_state import (
     BUILD_LOCK,
     built_layers,
@@ -170,7 +170,7 @@ class PrototypeMixin:
 
     def _prepare_load(self, state_dict, prefix: str, adapter_name: str) -> None:
         """Loaded prototypes are taken as they are; where only factors are loaded, the prototypes are built anew."""
-        banks = ("arrow_lora_A", "arrow_lora_B", "arrow_lora_frozen_A", "arrow_lora_frozen_B")
+        banks = [name for pair in BANKS.values() for name in pair]
         has_factors = any(f"{prefix}{bank}.{adapter_name}.weight" in state_dict for bank in banks)
         has_prototypes = f"{prefix}arrow_lora_router.{adapter_name}.weight" in state_dict
         if has_factors and not has_prototypes:

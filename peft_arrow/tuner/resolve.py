@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..library.adapter import Adapter, config_of, list_locations, load
+from ..library.adapter import Adapter, config_of, list_locations, load, source_of
 from ..library.lora import LoraContent, read_lora
 from .base_change import undo_base_change
 from .base_modules import BaseModules, is_match, is_supported
@@ -91,7 +91,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     for name, place in tqdm(
         zip(names, located.values(), strict=True), total=len(names), desc="Reading adapters", disable=len(names) < 20
     ):
-        contents.append(fit_to_base(replace(load(name, place), name=name), base))
+        contents.append(fit_to_base(load(name, place), base))
     resolved = copy.copy(config)
     resolved.adapters = None
     resolved.layer_replication = replication or config.layer_replication
@@ -105,7 +105,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     contents = _restrict(resolved, contents, model)
     resolved.layouts, resolved.expert_layouts, resolved.expert_sources = [], [], []
     for place, content in zip(located.values(), contents, strict=True):
-        add_layout(resolved, content, place.source if isinstance(place, Adapter) else place.public_name())
+        add_layout(resolved, content, source_of(place))
     return ResolvedExperts(resolved, contents)
 
 
