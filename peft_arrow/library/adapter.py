@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
 import torch
 from peft.utils import get_peft_model_state_dict
+from tqdm.contrib.concurrent import thread_map
 
-from .reading import Location, locate, read_config, read_tensors
+from .files import WeightsFile, read_config, read_origin
+from .manifest import Origin
+from .names import check_name, slug, unique_name
+from .reading import Location, locate
 
 
-NAME_LENGTH = 96
-_NAME = re.compile(rf"(?!\.)[\w.\-]{{1,{NAME_LENGTH}}}")
+HUB_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,21 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter in memory.
+    """A LoRA adapter: its config, and its weights in memory or in a file that is read when they are asked for.
 
     Args:
         name (`str`): the expert name it gets.
         config (`Mapping`): the content of `adapter_config.json`.
         tensors (`Mapping[str, torch.Tensor]`): the content of `adapter_model.safetensors`, keys as PEFT writes them.
-        source (`str`): where it is from, for messages and for the saved model.
+        source (`str`): where it is from, for messages.
+        origin (`Origin`): where it is from and under which terms, as it may be saved and shared.
     """
 
     name: str
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     source: str = "memory"
+    origin: Origin = Origin()
 
     @classmethod
     def from_peft_model(cls, model: torch.nn.Module, adapter_name: str = "default", name: str | None = None):
@@ -103,23 +107,7 @@ class Adapter:
         return str(getattr(task_type, "value", task_type)) if task_type is not None else None
 
 
-AdapterLike = str | PathLike | AdapterRef | Adapter | Location
-
-
-def check_name(name: str) -> str:
-    """Return an expert name that keeps the rule; raise a `ValueError` that states the rule otherwise."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(
-            f"expert name {name!r} is not allowed; a name is 1 to {NAME_LENGTH} characters of letters, digits, '_', "
-            "'.' and '-', not starting with a dot."
-        )
-    return name
-
-
-def slug(text: str) -> str:
-    """The nearest allowed name: other characters become `-`."""
-    cleaned = re.sub(r"[^\w.\-]+", "-", text).lstrip(".").strip("-")[:NAME_LENGTH]
-    return cleaned or "adapter"
+AdapterLike = str | PathLike | AdapterRef | Adapter | Location | Mapping[str, Adapter]
 
 
 def list_locations(
@@ -137,30 +125,33 @@ def list_locations(
         ValueError: no adapters, a bad or repeated name, or nothing readable where a reference points.
     """
     if isinstance(adapters, Mapping):
-        found = {}
-        for name, reference in adapters.items():
-            places = _find(reference, defaults)
-            if len(places) != 1:
-                raise ValueError(
-                    f"adapters[{name!r}]={reference!r} stands for {len(places)} adapters; a mapping names one adapter "
-                    "per entry: pass such a reference in a list."
-                )
-            found[check_name(name)] = places[0][1]
+        found = {check_name(name): _one(name, reference, defaults) for name, reference in adapters.items()}
     else:
         if isinstance(adapters, (str, PathLike, AdapterRef, Adapter)):
-            adapters = _single(adapters, defaults)
+            adapters = _all_of(adapters, defaults)
         if not isinstance(adapters, Iterable):
             raise TypeError(f"adapters={adapters!r} is not allowed; pass a list of references or a dict of names.")
-        pairs = [pair for reference in adapters for pair in _find(reference, defaults)]
-        found = _with_unique_names(pairs)
+        found = _with_unique_names(_find_all(list(adapters), defaults))
     if not found:
         raise ValueError("adapters is empty; at least one adapter is needed.")
     return found
 
 
-def _single(reference: AdapterLike, defaults: AdapterRef | None) -> list[AdapterLike]:
+def _one(name: str, reference: AdapterLike, defaults: AdapterRef | None) -> Adapter | Location:
+    if isinstance(reference, Location):
+        return reference
     places = _find(reference, defaults)
-    if len(places) == 1:
+    if isinstance(reference, Mapping) or len(places) != 1 or _is_in_library(places[0][1]):
+        raise ValueError(
+            f"adapters[{name!r}]={reference!r} is a library of {len(places)} adapters; a mapping names one adapter "
+            "per entry: pass such a reference in a list."
+        )
+    return places[0][1]
+
+
+def _all_of(reference: AdapterLike, defaults: AdapterRef | None) -> list[AdapterLike]:
+    places = _find(reference, defaults)
+    if len(places) == 1 and not _is_in_library(places[0][1]):
         raise ValueError(
             f"adapters={str(reference)!r} is a single adapter; pass a list of references, such as "
             f"[{str(reference)!r}], or a dict name -> reference."
@@ -168,11 +159,30 @@ def _single(reference: AdapterLike, defaults: AdapterRef | None) -> list[Adapter
     return [place for _, place in places]
 
 
+def _is_in_library(place: Adapter | Location) -> bool:
+    return isinstance(place, Location) and place.name is not None
+
+
+def _find_all(references: list[AdapterLike], defaults: AdapterRef | None) -> list[tuple[str, Adapter | Location]]:
+    """Look all references up, several at a time: each on the Hub costs the time of a few requests."""
+    found = thread_map(
+        lambda reference: _find(reference, defaults),
+        references,
+        max_workers=HUB_THREADS,
+        desc="Looking up adapters",
+        disable=len(references) < 20,
+        leave=False,
+    )
+    return [pair for pairs in found for pair in pairs]
+
+
 def _find(reference: AdapterLike, defaults: AdapterRef | None) -> list[tuple[str, Adapter | Location]]:
     if isinstance(reference, Adapter):
         return [(check_name(reference.name), reference)]
     if isinstance(reference, Location):
         return [(slug(reference.label), reference)]
+    if isinstance(reference, Mapping):
+        return [pair for name, adapter in reference.items() for pair in _find(replace(adapter, name=name), defaults)]
     if isinstance(reference, (str, PathLike)):
         reference = replace(defaults or AdapterRef(""), source=reference)
     if not isinstance(reference, AdapterRef):
@@ -190,16 +200,6 @@ def _with_unique_names(pairs: list[tuple[str, Adapter | Location]]) -> dict[str,
     return found
 
 
-def unique_name(name: str, taken: Container[str]) -> str:
-    """`name`, or where it is taken the first free of `name-2`, `name-3`, ..., cut to the allowed length."""
-    unique, count = name, 1
-    while unique in taken:
-        count += 1
-        suffix = f"-{count}"
-        unique = name[: NAME_LENGTH - len(suffix)] + suffix
-    return unique
-
-
 def config_of(place: Adapter | Location) -> Mapping[str, Any]:
     """The adapter's config, read without its weights."""
     return place.config if isinstance(place, Adapter) else read_config(place)
@@ -207,18 +207,26 @@ def config_of(place: Adapter | Location) -> Mapping[str, Any]:
 
 def source_of(place: Adapter | Location) -> str:
     """Where the adapter is from, as it may be saved with a model."""
-    return place.source if isinstance(place, Adapter) else place.public_name()
+    if isinstance(place, Location):
+        return place.record.origin.source or place.public_name() if place.record else place.public_name()
+    return place.origin.source or place.source
 
 
-def load(name: str, place: Adapter | Location) -> Adapter:
-    """Read the adapter's weights; the adapter gets that name.
+def load(name: str, place: Adapter | Location, *, with_origin: bool = False) -> Adapter:
+    """The adapter at a place, under that name; its weights are read when they are asked for.
+
+    Args:
+        name (`str`): the expert name.
+        place (`Adapter` or `Location`): as `list_locations` finds it.
+        with_origin (`bool`): read the adapter's card too, for its licence; of the Hub that is a request more.
 
     Raises:
-        ValueError: the file is missing, is a pickle, or is not readable as safetensors.
+        ValueError: the config is missing or unreadable.
     """
     if isinstance(place, Adapter):
         return replace(place, name=name)
-    return Adapter(name=name, config=read_config(place), tensors=read_tensors(place), source=place.describe())
+    origin = read_origin(place) if with_origin or place.record else Origin(source=place.public_name())
+    return Adapter(name, read_config(place), WeightsFile(place), place.describe(), origin)
 
 
 __all__ = [

@@ -1,25 +1,20 @@
-"""Find and read the two files of an adapter, in a folder or on the Hub."""
+"""Where adapters and libraries lie: a folder, or a repository of the Hub and a folder inside it."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, ExpertRecord, Manifest
 
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 PEFT_ARROW_ROUTER = "arrow_router"
 HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
 
@@ -33,6 +28,9 @@ class Location:
         repo_id (`str`, *optional*): the Hub repository.
         subfolder (`str`, *optional*): the folder inside the repository.
         revision, token, cache_dir, local_files_only: passed to `hf_hub_download`.
+        commit (`str`, *optional*): what the revision was when it was looked up; files are taken from there.
+        name (`str`, *optional*): the expert's name, where the place is a part of a library.
+        record (`ExpertRecord`, *optional*): what that library's `library.json` says of it.
     """
 
     folder: Path | None = None
@@ -42,20 +40,27 @@ class Location:
     token: str | bool | None = field(default=None, repr=False)
     cache_dir: str | None = None
     local_files_only: bool = False
+    commit: str | None = None
+    name: str | None = None
+    record: ExpertRecord | None = None
 
     @property
     def label(self) -> str:
-        """The last part of the path or id, from which a name is derived."""
+        """The expert's name, or the last part of the path or id, from which a name is derived."""
+        if self.name is not None:
+            return self.name
         if self.folder is not None:
             return self.folder.resolve().name
         return (self.subfolder or self.repo_id).rstrip("/").split("/")[-1]
 
     def describe(self) -> str:
         """The reference in the form a user would write it."""
-        if self.folder is not None:
-            return str(self.folder)
+        return str(self.folder) if self.folder is not None else self.hub_name(with_revision=True)
+
+    def hub_name(self, with_revision: bool = False) -> str:
+        """`user/repo`, `user/repo/folder`, and `@revision` where one was asked for."""
         place = f"{self.repo_id}/{self.subfolder}" if self.subfolder else self.repo_id
-        return f"{place}@{self.revision}" if self.revision else place
+        return f"{place}@{self.revision}" if self.revision and with_revision else place
 
     def public_name(self) -> str:
         """The reference as it may be saved with a model: a Hub reference whole, of a folder its name alone."""
@@ -69,11 +74,17 @@ class Location:
             self.repo_id,
             filename,
             subfolder=self.subfolder,
-            revision=self.revision,
+            revision=self.commit or self.revision,
             token=self.token,
             cache_dir=self.cache_dir,
             local_files_only=self.local_files_only,
         )
+
+    def pinned_by(self, path: str) -> Location:
+        """This place at the commit that a file of it was downloaded from, so that all files are of one commit."""
+        parts = Path(path).parts  # .../models--user--repo/snapshots/<commit>/...
+        commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+        return replace(self, commit=commit)
 
 
 def locate(source: str | PathLike, *, subfolder: str | None = None, **hub: Any) -> list[Location]:
@@ -95,12 +106,35 @@ def _locate_folder(text: str, folder: Path) -> list[Location]:
         raise ValueError(f"adapter {text!r}: the path {str(folder)!r} does not exist.")
     if (folder / CONFIG_NAME).is_file():
         return [Location(folder=folder)]
+    if (folder / MANIFEST_NAME).is_file():
+        return [
+            Location(folder=folder / EXPERTS_FOLDER / record.name, name=record.name, record=record)
+            for record in read_manifest(str(folder / MANIFEST_NAME), text).experts
+        ]
     if (folder / PEFT_ARROW_ROUTER / CONFIG_NAME).is_file():
-        return [Location(folder=folder / task) for task in _task_order(os.listdir(folder))]
-    raise ValueError(f"adapter {text!r}: the folder {str(folder)!r} holds no {CONFIG_NAME}.")
+        return [Location(folder=folder / task, name=task) for task in _task_order(os.listdir(folder))]
+    raise ValueError(f"adapter {text!r}: the folder {str(folder)!r} holds no {CONFIG_NAME} and no {MANIFEST_NAME}.")
 
 
-def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> list[Location]:
+def read_manifest(path: str, where: str) -> Manifest:
+    """Read a `library.json`.
+
+    Raises:
+        ValueError: it cannot be read, or a field of it is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"library {where!r}: {MANIFEST_NAME} cannot be read: {error}") from error
+    return Manifest.from_json(text, where)
+
+
+def hub_place(text: str, subfolder: str | None, hub: dict[str, Any]) -> Location:
+    """Take a Hub reference apart; the Hub is not asked.
+
+    Raises:
+        ValueError: the text is no Hub reference.
+    """
     reference, _, revision = text.partition("@")
     parts = [part for part in reference.split("/") if part]
     if len(parts) < 2:
@@ -109,27 +143,46 @@ def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> lis
         )
     inner = "/".join([*parts[2:], *([subfolder] if subfolder else [])]) or None
     place = Location(**{**hub, "repo_id": "/".join(parts[:2]), "subfolder": inner})
-    if revision:
-        place = replace(place, revision=revision)
-    try:
-        place.file(CONFIG_NAME)
-    except HUB_ERRORS as error:
-        # not in the cache and the Hub not asked is an EntryNotFoundError too, but says nothing of the repository
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return _locate_arrow_repo(text, place, error)
-        raise ValueError(f"adapter {text!r}: there is no such folder, and the Hub answered: {error}") from error
-    return [place]
+    return replace(place, revision=revision) if revision else place
+
+
+def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> list[Location]:
+    place = hub_place(text, subfolder, hub)
+    for filename in (CONFIG_NAME, MANIFEST_NAME):
+        try:
+            path = place.file(filename)
+        except HUB_ERRORS as error:
+            # not in the cache and the Hub not asked is an EntryNotFoundError too, but says nothing of the repository
+            is_cache = isinstance(error, LocalEntryNotFoundError)
+            if isinstance(error, EntryNotFoundError) and (not is_cache or filename == CONFIG_NAME):
+                reason = error
+                continue
+            raise ValueError(f"adapter {text!r}: there is no such folder, and the Hub answered: {error}") from error
+        place = place.pinned_by(path)
+        return [place] if filename == CONFIG_NAME else _experts(text, place, path)
+    return _locate_arrow_repo(text, place, reason)
+
+
+def _experts(text: str, place: Location, path: str) -> list[Location]:
+    prefix = f"{place.subfolder}/" if place.subfolder else ""
+    return [
+        replace(place, subfolder=f"{prefix}{EXPERTS_FOLDER}/{record.name}", name=record.name, record=record)
+        for record in read_manifest(path, text).experts
+    ]
 
 
 def _locate_arrow_repo(text: str, place: Location, error: Exception) -> list[Location]:
     prefix = f"{place.subfolder}/" if place.subfolder else ""
-    files = HfApi(token=place.token).list_repo_files(place.repo_id, revision=place.revision)
+    try:
+        files = HfApi(token=place.token).list_repo_files(place.repo_id, revision=place.revision)
+    except HUB_ERRORS as listing:
+        raise ValueError(f"adapter {text!r}: there is no such folder, and the Hub answered: {listing}") from listing
     if f"{prefix}{PEFT_ARROW_ROUTER}/{CONFIG_NAME}" in files:
         folders = {file[len(prefix) :].split("/")[0] for file in files if file.startswith(prefix)}
-        return [replace(place, subfolder=prefix + task) for task in _task_order(folders)]
+        return [replace(place, subfolder=prefix + task, name=task) for task in _task_order(folders)]
     raise ValueError(
         f"adapter {text!r}: there is no such folder, and the Hub repository {place.repo_id!r} holds no "
-        f"{prefix}{CONFIG_NAME} ({error})"
+        f"{prefix}{CONFIG_NAME} and no {prefix}{MANIFEST_NAME} ({error})"
     ) from error
 
 
@@ -137,52 +190,3 @@ def _task_order(names) -> list[str]:
     """The `task_i` folders that PEFT's `create_arrow_model` writes, by number."""
     numbers = [name.removeprefix("task_") for name in names if name.startswith("task_")]
     return [f"task_{number}" for number in sorted((n for n in numbers if n.isdecimal()), key=int)]
-
-
-def read_config(place: Location) -> Mapping[str, Any]:
-    """The content of `adapter_config.json`.
-
-    Raises:
-        ValueError: the file is missing or is not a JSON object.
-    """
-    try:
-        text = Path(place.file(CONFIG_NAME)).read_text(encoding="utf-8")
-        config = json.loads(text)
-    except (*HUB_ERRORS, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"adapter {place.describe()!r}: {CONFIG_NAME} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"adapter {place.describe()!r}: {CONFIG_NAME} holds {type(config).__name__}, not an object.")
-    return config
-
-
-def read_tensors(place: Location) -> dict[str, torch.Tensor]:
-    """The content of `adapter_model.safetensors`, on the CPU.
-
-    Raises:
-        ValueError: the file is missing, damaged, or there is only a pickle.
-    """
-    try:
-        path = place.file(WEIGHTS_NAME)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(path)
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"adapter {place.describe()!r}: {WEIGHTS_NAME} is damaged: {error}") from error
-    except HUB_ERRORS as error:
-        raise ValueError(f"adapter {place.describe()!r}: {_why_no_weights(place, error)}") from error
-
-
-def _why_no_weights(place: Location, error: Exception) -> str:
-    if place.folder is not None:
-        has_pickle = (place.folder / PICKLE_NAME).is_file()
-    else:
-        try:
-            has_pickle = bool(place.file(PICKLE_NAME))
-        except HUB_ERRORS:
-            has_pickle = False
-    if has_pickle:
-        return (
-            f"there is only {PICKLE_NAME}, a pickle, which can run code when it is read; load it with PEFT if you "
-            f"trust it and save it again, which writes {WEIGHTS_NAME}."
-        )
-    return f"{WEIGHTS_NAME} cannot be read: {error}"
