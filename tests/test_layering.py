@@ -40,10 +40,12 @@ ROOMS = {
 PACKAGES = {
     "ops": ["torch", "triton"],
     "routers": ["torch"],
-    "library.adapter": ["huggingface_hub", "peft", "safetensors", "torch"],
+    "library.adapter": ["huggingface_hub", "peft", "safetensors", "torch", "tqdm", "yaml"],
 }
 # What turns a reference into an `Adapter` of tensors: the one part of the library that the tuner may know.
-ADAPTER_FILES = ("library.adapter", "library.lora", "library.reading")
+ADAPTER_FILES = tuple(
+    f"library.{name}" for name in ("adapter", "fields", "files", "lora", "manifest", "names", "reading")
+)
 LEAVES = ("cards", "version")
 # Rooms that need an extra: loaded when asked for, as the packages of the extras are.
 ON_DEMAND = ("clustering", "evaluation", "quickstart", "training")

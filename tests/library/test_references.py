@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from peft.tuners.lora.arrow import create_arrow_model
 from peft.tuners.lora.config import ArrowConfig
 
 from peft_arrow import Adapter, AdapterRef, ArrowLoraConfig, ArrowLoraModel
-from peft_arrow.library.adapter import list_locations, slug
+from peft_arrow.library.adapter import list_locations
+from peft_arrow.library.names import slug
 from tests.hub_server import TOKEN, serve
 from tests.pico import pico_adapter, pico_base
 
@@ -160,16 +160,11 @@ def test_hub(tmp_path):
     (hub / "ann/pickled/main/adapter_model.safetensors").rename(hub / "ann/pickled/main/adapter_model.bin")
     for name, rank in (("task_0", 6), ("task_1", 7), ("arrow_router", 7)):
         pico_adapter(hub / "bob/arrow/main" / name, seed=rank, r=rank, **options)
-    server, address = serve(hub)
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("OFFLINE")}
-    environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    try:
+    with serve(hub) as server:
+        environment = server.environment(tmp_path / "home", token=None)
         done = subprocess.run(
             [sys.executable, "-c", HUB_SCRIPT, TOKEN], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert lines.pop() == [["plain", "b", "plain-2", "private-one", "task_0", "task_1"], [2, 4, 3, 5, 6, 7]]
