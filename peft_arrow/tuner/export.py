@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ..library.lora import KEY_PREFIX
@@ -18,6 +19,8 @@ from .heads import saved_modules
 
 
 METHODS = ("svd", "cat")
+# The values of vLLM's `max_lora_rank` (vllm/config/lora.py, commit 01230b4): an export fills the next of them.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def export_lora(
@@ -30,11 +33,15 @@ def export_lora(
         folder (`str` or `PathLike`): where to write; files of an earlier export are replaced one by one.
         weights (`"uniform"` or `dict[str, float]`):
             `"uniform"`: 1 / number of experts each. A dict: expert name -> weight, missing ones 0, used as given.
-        rank (`int`, *optional*): rank of the result for `"svd"`; the largest rank of an expert by default.
-        method (`str`): `"cat"`: exact, the rank is the sum of the ranks. `"svd"`: best approximation of that rank.
+        rank (`int`, *optional*):
+            Rank of the result for `"svd"`; by default the largest rank of an expert, up to the next of `SERVED_RANKS`.
+        method (`str`):
+            `"svd"`: best approximation of that rank. `"cat"`: exact; the rank is the sum of the ranks, up to the next
+            of `SERVED_RANKS`.
 
     Returns:
-        `dict`: `rank` (largest of a module) and `lost_norm` (share of the Frobenius norm that the rank cuts off).
+        `dict`: `rank`, one for all modules, because servers such as vLLM read one (those of lower rank are filled with
+        zeros), and `lost_norm` (share of the Frobenius norm that the rank cuts off).
 
     Raises:
         ValueError: an unknown method, expert or rank.
@@ -50,20 +57,29 @@ def export_lora(
         )
     layers = {name: layer for name, layer in tuner.routed_layers().items() if adapter_name in layer.experts}
     if rank is None and method == "svd":
-        rank = max(max(layer.experts[adapter_name].ranks) for layer in layers.values())
-    tensors, ranks, kept, lost = {}, {}, 0.0, 0.0
+        rank = served_rank(max(max(layer.experts[adapter_name].ranks) for layer in layers.values()))
+    elif rank is None:
+        rank = served_rank(max(sum(layer.experts[adapter_name].ranks) for layer in layers.values()))
+    tensors, kept, lost = {}, 0.0, 0.0
     for module, layer in layers.items():
         lora_A, lora_B = _concatenated(layer, adapter_name, expert_weights)
         if method == "svd":
             lora_A, lora_B, kept_here, lost_here = truncated(lora_A, lora_B, rank)
             kept, lost = kept + kept_here, lost + lost_here
-        ranks[module] = lora_A.shape[0]
-        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = lora_A.contiguous()
-        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = lora_B.contiguous()
+        missing = rank - lora_A.shape[0]
+        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = pad(lora_A, (0, 0, 0, missing))
+        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = pad(lora_B, (0, missing)).contiguous()
     from_head = _head_tensors(tuner, adapter_name)
-    lora = _lora_config(config, ranks, any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()))
+    lora = _lora_config(
+        config, rank, list(layers), any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+    )
     _write(folder, lora, {**tensors, **from_head})
-    return {"rank": max(ranks.values()), "lost_norm": (lost / (kept + lost)) ** 0.5 if kept + lost else 0.0}
+    return {"rank": rank, "lost_norm": (lost / (kept + lost)) ** 0.5 if kept + lost else 0.0}
+
+
+def served_rank(rank: int) -> int:
+    """The smallest of `SERVED_RANKS` that is at least `rank`; above the largest, `rank` itself."""
+    return next((served for served in SERVED_RANKS if served >= rank), rank)
 
 
 def _expert_weights(weights: str | dict[str, float], names: list[str]) -> list[float]:
@@ -119,15 +135,11 @@ def _head_tensors(tuner, adapter_name: str) -> dict[str, torch.Tensor]:
     }
 
 
-def _lora_config(config, ranks: dict[str, int], fan_in_fan_out: bool) -> LoraConfig:
-    largest = max(ranks.values())
-    different = {module.replace(".", r"\."): r for module, r in ranks.items() if r != largest}
+def _lora_config(config, rank: int, modules: list[str], fan_in_fan_out: bool) -> LoraConfig:
     return LoraConfig(
-        r=largest,
-        lora_alpha=largest,
-        rank_pattern=different,
-        alpha_pattern=dict(different),
-        target_modules=sorted(ranks),
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(modules),
         modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
         layer_replication=config.layer_replication,
         fan_in_fan_out=fan_in_fan_out,

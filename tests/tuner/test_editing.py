@@ -158,7 +158,10 @@ def test_export_is_the_weighted_mean(tmp_path, adapter_folders, ids, weights, me
         assert float((got - dense).square().sum()) == pytest.approx(tail, abs=1e-8, rel=1e-3)
         kept, lost = kept + float(singular[:r].square().sum()), lost + tail
     assert report["lost_norm"] == pytest.approx((lost / (kept + lost)) ** 0.5, abs=1e-4)
-    assert report["rank"] == (14 if method == "cat" else rank or 8)
+    assert report["rank"] == (16 if method == "cat" else rank or 8)
+    config = plain.peft_config["default"]
+    assert config.r == report["rank"] and not config.rank_pattern and not config.alpha_pattern
+    assert {layer.r["default"] for layer in plain.modules() if hasattr(layer, "lora_A")} == {report["rank"]}
 
 
 def test_export_refuses_nonsense(tmp_path, adapter_folders):
