@@ -5,19 +5,27 @@ Importing this package registers the PEFT type `ARROW_LORA`; the names below are
 
 from importlib import import_module
 
+from .modeling import bind_to_peft_model
 from .tuner import ArrowLoraConfig, ArrowLoraModel
 from .version import __version__
 
 
 _LAZY = {
     "Adapter": "library.adapter",
+    "AdapterLibrary": "library.library",
     "AdapterRef": "library.adapter",
+    "AdapterReport": "library.report",
     "KERNELS": "ops",
     "ROUTERS": "routers",
     "Router": "routers",
     "Routing": "routers",
     "RoutingTrace": "tuner.trace",
+    "push_to_hub": "modeling",
+    "vet_adapter": "library.vetting",
+    "vet_adapters": "library.vetting",
 }
+
+bind_to_peft_model()
 
 __all__ = ["ArrowLoraConfig", "ArrowLoraModel", "__version__", *_LAZY]
 

@@ -22,7 +22,8 @@ from peft_arrow.cards import card_folder, card_template
 
 assert pathlib.Path(sys.prefix) in pathlib.Path(peft_arrow.__file__).parents, peft_arrow.__file__
 assert pathlib.Path(sys.prefix) in card_folder().parents, card_folder()
-assert "{{ card_data }}" in card_template("routed_model.md").read_text()
+for name in ("library.md", "routed_model.md"):
+    assert "{{ card_data }}" in card_template(name).read_text()
 assert peft_arrow.ArrowLoraConfig(num_experts=2, r=4).peft_type == "ARROW_LORA"
 print(peft_arrow.__version__)
 """
@@ -69,7 +70,7 @@ def python(wheel, tmp_path_factory) -> Path:
 
 def test_wheel_holds_package_and_templates(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    expected = [f"peft_arrow/hub_cards/{path.name}" for path in sorted((ROOT / "hub_cards").glob("*.md"))]
+    expected = [f"peft_arrow/{path.relative_to(ROOT)}" for path in sorted((ROOT / "hub_cards").rglob("*.md"))]
     modules = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "peft_arrow").rglob("*.py"))]
     assert expected and set(expected + modules) <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "hub_cards/", "docs/", "examples/"))]

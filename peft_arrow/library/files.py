@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import ItemsView, Iterator, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,8 @@ class WeightsFile(Mapping[str, torch.Tensor]):
         """Local path of the file, checked against the sha256 of `library.json` where there is one."""
         if self._path is None:
             path = self._find()
-            record = self.place.record
-            if record is not None and sha256_of(path) != record.sha256:
-                raise ValueError(
-                    f"adapter {self.place.describe()!r}: the sha256 of {WEIGHTS_NAME} is not the one in library.json, "
-                    f"{record.sha256}; the file was changed or damaged."
-                )
+            if self.place.record is not None:
+                self._checked(path)
             self._path = path
         return self._path
 
@@ -81,9 +79,7 @@ class WeightsFile(Mapping[str, torch.Tensor]):
         """Shapes and dtypes by key, without reading a weight; of the Hub only the file's first bytes are asked for."""
         if self._path is None and self.place.folder is None and not self.place.local_files_only:
             return _remote_header(self.place)
-        with self._open() as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+        return local_header(self.path(), self.place.describe())
 
     def items(self) -> ItemsView[str, torch.Tensor]:
         """All tensors, with the file opened once."""
@@ -106,12 +102,26 @@ class WeightsFile(Mapping[str, torch.Tensor]):
     def __repr__(self) -> str:
         return f"WeightsFile({self.place.describe()!r})"
 
+    def copy_to(self, path: str | PathLike) -> str:
+        """Copy the file and return the sha256 of the copy, which is the one of `library.json` where there is one."""
+        shutil.copyfile(self._path or self._find(), path)
+        return self._checked(path)
+
+    def move_to(self, place: Location) -> None:
+        """Read from another place from now on, which holds the same file."""
+        self.place, self._path = place, None
+
     def _open(self):
-        path = self.path()
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"adapter {self.place.describe()!r}: {WEIGHTS_NAME} is damaged: {error}") from error
+        return _open(self.path(), self.place.describe())
+
+    def _checked(self, path: str | PathLike) -> str:
+        found, record = sha256_of(path), self.place.record
+        if record is not None and found != record.sha256:
+            raise ValueError(
+                f"adapter {self.place.describe()!r}: {WEIGHTS_NAME} has the sha256 {found}, and library.json says "
+                f"{record.sha256}; the file was changed or damaged."
+            )
+        return found
 
     def _find(self) -> str:
         try:
@@ -123,7 +133,21 @@ class WeightsFile(Mapping[str, torch.Tensor]):
         return path
 
 
-def sha256_of(path: str) -> str:
+def local_header(path: str, where: str) -> dict[str, TensorHeader]:
+    """Shapes and dtypes by key of a safetensors file; `where` is for the message of the `ValueError`."""
+    with _open(path, where) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+
+
+def _open(path: str, where: str):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"adapter {where!r}: {WEIGHTS_NAME} is damaged: {error}") from error
+
+
+def sha256_of(path: str | PathLike) -> str:
     """The sha256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

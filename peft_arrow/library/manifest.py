@@ -19,6 +19,7 @@ PICTURES_FOLDER = "pictures"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PICTURE = re.compile(r"[\w\-][\w.\-]{0,95}\.(png|svg|jpg)")
+PICTURE_RULE = "letters, digits, '_', '-' and '.', not first a dot, and an end of .png, .svg or .jpg"
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,13 @@ class Manifest:
         return cls(base.take("name_or_path", str), experts, revision, notes)
 
 
+def check_picture_name(name: str) -> str:
+    """Return a picture's file name that keeps the rule; raise a `ValueError` that states the rule otherwise."""
+    if not _PICTURE.fullmatch(name):
+        raise ValueError(f"picture {name!r} is not allowed; its file name must be {PICTURE_RULE}.")
+    return name
+
+
 def _flat(record: Any) -> dict[str, Any]:
     values = {name: getattr(record, name) for name in record.__dataclass_fields__ if name != "origin"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -216,5 +224,4 @@ def _evaluation(entry: Fields) -> Evaluation:
 
 
 def _picture(entry: Fields) -> Picture:
-    file = entry.matching("file", _PICTURE, "a file name that ends in .png, .svg or .jpg")
-    return Picture(file, entry.take("caption", str))
+    return Picture(entry.matching("file", _PICTURE, PICTURE_RULE), entry.take("caption", str))

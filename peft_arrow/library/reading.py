@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, ExpertRecord, Manifest
+from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER, ExpertRecord, Manifest
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -30,7 +31,7 @@ class Location:
         revision, token, cache_dir, local_files_only: passed to `hf_hub_download`.
         commit (`str`, *optional*): what the revision was when it was looked up; files are taken from there.
         name (`str`, *optional*): the expert's name, where the place is a part of a library.
-        record (`ExpertRecord`, *optional*): what that library's `library.json` says of it.
+        manifest (`Manifest`, *optional*): that library's `library.json`.
     """
 
     folder: Path | None = None
@@ -42,7 +43,14 @@ class Location:
     local_files_only: bool = False
     commit: str | None = None
     name: str | None = None
-    record: ExpertRecord | None = None
+    manifest: Manifest | None = field(default=None, repr=False)
+
+    @cached_property
+    def record(self) -> ExpertRecord | None:
+        """What `library.json` says of the expert."""
+        if self.manifest is None:
+            return None
+        return next(record for record in self.manifest.experts if record.name == self.name)
 
     @property
     def label(self) -> str:
@@ -80,6 +88,13 @@ class Location:
             local_files_only=self.local_files_only,
         )
 
+    def pictures(self) -> Location:
+        """The pictures' folder of the library that the place is a part of."""
+        if self.folder is not None:
+            return replace(self, folder=self.folder.parent.parent / PICTURES_FOLDER)
+        root = self.subfolder.removesuffix(f"{EXPERTS_FOLDER}/{self.name}")
+        return replace(self, subfolder=f"{root}{PICTURES_FOLDER}")
+
     def pinned_by(self, path: str) -> Location:
         """This place at the commit that a file of it was downloaded from, so that all files are of one commit."""
         parts = Path(path).parts  # .../models--user--repo/snapshots/<commit>/...
@@ -107,9 +122,10 @@ def _locate_folder(text: str, folder: Path) -> list[Location]:
     if (folder / CONFIG_NAME).is_file():
         return [Location(folder=folder)]
     if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(str(folder / MANIFEST_NAME), text)
         return [
-            Location(folder=folder / EXPERTS_FOLDER / record.name, name=record.name, record=record)
-            for record in read_manifest(str(folder / MANIFEST_NAME), text).experts
+            Location(folder=folder / EXPERTS_FOLDER / record.name, name=record.name, manifest=manifest)
+            for record in manifest.experts
         ]
     if (folder / PEFT_ARROW_ROUTER / CONFIG_NAME).is_file():
         return [Location(folder=folder / task, name=task) for task in _task_order(os.listdir(folder))]
@@ -165,9 +181,10 @@ def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> lis
 
 def _experts(text: str, place: Location, path: str) -> list[Location]:
     prefix = f"{place.subfolder}/" if place.subfolder else ""
+    manifest = read_manifest(path, text)
     return [
-        replace(place, subfolder=f"{prefix}{EXPERTS_FOLDER}/{record.name}", name=record.name, record=record)
-        for record in read_manifest(path, text).experts
+        replace(place, subfolder=f"{prefix}{EXPERTS_FOLDER}/{record.name}", name=record.name, manifest=manifest)
+        for record in manifest.experts
     ]
 
 
