@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import tempfile
@@ -15,11 +16,12 @@ from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 
 from .library.card import MARK, routed_card
-from .library.files import CARD_NAME
+from .library.files import CARD_NAME, read_origin
 from .library.hub import check_public_base, push_folder
 from .library.library import AdapterLibrary
+from .library.links import hub_id
 from .library.manifest import MANIFEST_NAME
-from .library.reading import CONFIG_NAME
+from .library.reading import CONFIG_NAME, hub_place
 from .library.versions import framework_versions
 from .tuner import ArrowLoraConfig
 from .tuner.layouts import layout_table
@@ -107,6 +109,8 @@ def push_saved(folder: str | PathLike, repo_id: str, *, base_model: str | None =
 def _push(folder: Path, repo_id: str, config: ArrowLoraConfig, tags: Sequence[str], options: dict) -> CommitInfo:
     remedy = "set model.active_peft_config.base_model_name_or_path to the Hub id of the base."
     check_public_base(config.base_model_name_or_path, remedy)
+    config = copy.copy(config)
+    config.expert_licenses = _licenses(config, options.get("token"))
     message = f"Upload a routed model of {len(config.expert_names)} LoRA experts"
     return push_folder(
         folder,
@@ -117,6 +121,16 @@ def _push(folder: Path, repo_id: str, config: ArrowLoraConfig, tags: Sequence[st
     )
 
 
+def _licenses(config: ArrowLoraConfig, token: str | bool | None) -> list[str | None]:
+    """The experts' licences; where none is known of an adapter of the Hub, its card is read now."""
+    found = []
+    for source, license in zip(config.expert_sources, config.expert_licenses, strict=True):
+        if license is None and hub_id("/".join((source or "").partition("@")[0].split("/")[:2])):
+            license = read_origin(hub_place(source, None, {"token": token})).license
+        found.append(license)
+    return found
+
+
 def card_of(config: ArrowLoraConfig, repo_id: str | None = None, tags: Sequence[str] = ()) -> str:
     """The card of a routed model.
 
@@ -125,12 +139,11 @@ def card_of(config: ArrowLoraConfig, repo_id: str | None = None, tags: Sequence[
         repo_id (`str`, *optional*): where it will lie, for the snippet; by default the snippet names a folder.
         tags (`Sequence[str]`): more tags.
     """
-    experts = len(config.expert_names)
     rows = zip(
         config.expert_names,
         [_shape_of(config.layouts[layout]) for layout in config.expert_layouts],
-        config.expert_sources or [None] * experts,
-        config.expert_licenses or [None] * experts,
+        config.expert_sources,
+        config.expert_licenses,
         strict=True,
     )
     routing = ("router", "top_k", "router_temperature", "aggregation")

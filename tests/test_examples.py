@@ -11,7 +11,7 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "examples/benchmarks").glob("*.py")])
 
 
 @pytest.mark.slow

@@ -30,9 +30,9 @@ ROOMS = {
     "library": ["library.adapter"],
     "clustering": ["library"],
     "training": ["library"],
-    "modeling": ["library", "ops", "routers", "tuner"],
+    "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
-    "": ["tuner"],
+    "": ["modeling", "tuner"],
     "quickstart": ["", "evaluation", "library", "modeling", "routers", "training", "tuner"],
     "cli": ["", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
 }
@@ -40,11 +40,25 @@ ROOMS = {
 PACKAGES = {
     "ops": ["torch", "triton"],
     "routers": ["torch"],
-    "library.adapter": ["huggingface_hub", "peft", "safetensors", "torch", "tqdm", "yaml"],
+    "library.adapter": ["huggingface_hub", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml"],
 }
 # What turns a reference into an `Adapter` of tensors: the one part of the library that the tuner may know.
 ADAPTER_FILES = tuple(
-    f"library.{name}" for name in ("adapter", "fields", "files", "lora", "manifest", "names", "reading")
+    f"library.{name}"
+    for name in (
+        "adapter",
+        "base_modules",
+        "fields",
+        "files",
+        "lora",
+        "lora_config",
+        "manifest",
+        "names",
+        "patterns",
+        "reading",
+        "retrying",
+        "serving",
+    )
 )
 LEAVES = ("cards", "version")
 # Rooms that need an extra: loaded when asked for, as the packages of the extras are.

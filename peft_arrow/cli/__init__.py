@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import quickstart
+from . import discover, inspect, pull, push, quickstart
 
 
-COMMANDS = {"quickstart": quickstart}
+COMMANDS = {"quickstart": quickstart, "discover": discover, "inspect": inspect, "pull": pull, "push": push}
 
 
 def make_parser() -> argparse.ArgumentParser:

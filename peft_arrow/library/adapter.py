@@ -101,6 +101,11 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     @property
+    def where(self) -> str:
+        """The adapter's name and source, for messages."""
+        return f"adapter {self.name!r} ({self.source})"
+
+    @property
     def task_type(self) -> str | None:
         """PEFT's task type, such as `"CAUSAL_LM"`, or None."""
         task_type = self.config.get("task_type")
@@ -212,6 +217,14 @@ def source_of(place: Adapter | Location) -> str:
     return place.origin.source or place.source
 
 
+def license_of(place: Adapter | Location) -> str | None:
+    """The licence that the adapter's library or card states; of the Hub no card is asked for."""
+    if isinstance(place, Adapter):
+        return place.origin.license
+    is_here = place.record is not None or place.folder is not None
+    return read_origin(place).license if is_here else None
+
+
 def load(name: str, place: Adapter | Location, *, with_origin: bool = False) -> Adapter:
     """The adapter at a place, under that name; its weights are read when they are asked for.
 
@@ -229,12 +242,26 @@ def load(name: str, place: Adapter | Location, *, with_origin: bool = False) -> 
     return Adapter(name, read_config(place), WeightsFile(place), place.describe(), origin)
 
 
+def download(adapters: Iterable[Adapter]) -> None:
+    """Download the weights that are on the Hub and not in the cache, several files at a time.
+
+    Raises:
+        ValueError: a file is missing or damaged, or there is only a pickle.
+    """
+    files = [adapter.tensors for adapter in adapters if isinstance(adapter.tensors, WeightsFile)]
+    remote = [file for file in files if file.place.folder is None]
+    if remote:
+        thread_map(WeightsFile.path, remote, max_workers=HUB_THREADS, desc="Downloading adapters", leave=False)
+
+
 __all__ = [
     "Adapter",
     "AdapterLike",
     "AdapterRef",
     "check_name",
     "config_of",
+    "download",
+    "license_of",
     "list_locations",
     "load",
     "slug",

@@ -20,9 +20,8 @@ _CACHE_FOLDER = re.compile(r"(?:^|/)models--([^/]+)(?:/|$)")
 def is_local_path(name: str) -> bool:
     """Whether a base model's name is a path and not a Hub id; no file is looked at."""
     text = _without_address(name)
-    return bool(
-        text.startswith(("/", ".", "~")) or "\\" in text or re.match(r"[A-Za-z]:", text) or text.count("/") > 1
-    )
+    inner = text.rstrip("/").count("/")
+    return bool(text.startswith(("/", ".", "~")) or "\\" in text or re.match(r"[A-Za-z]:", text) or inner > 1)
 
 
 def normalise_base(name: str | None) -> str | None:

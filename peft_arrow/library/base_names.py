@@ -36,5 +36,6 @@ def check_base(base_model: str, adapters: Iterable[Adapter], owner: str) -> None
 
 def base_revision(adapters: Iterable[Adapter]) -> str | None:
     """The revision of the base model, where all configs that name one agree."""
-    found = {adapter.config.get("revision") for adapter in adapters} - {None}
-    return found.pop() if len(found) == 1 and all(isinstance(revision, str) for revision in found) else None
+    stated = [adapter.config.get("revision") for adapter in adapters]
+    found = {revision for revision in stated if isinstance(revision, str)}
+    return found.pop() if len(found) == 1 else None

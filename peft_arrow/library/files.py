@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from .fields import parse_json
 from .manifest import Origin
 from .reading import CONFIG_NAME, HUB_ERRORS, Location
+from .retrying import retried
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -43,17 +44,20 @@ def read_config(place: Location) -> Mapping[str, Any]:
     """
     where = f"adapter {place.describe()!r}: {CONFIG_NAME}"
     try:
-        text = Path(place.file(CONFIG_NAME)).read_text(encoding="utf-8")
+        return place.read(
+            CONFIG_NAME,
+            place.file(CONFIG_NAME),
+            lambda path: parse_json(Path(path).read_text(encoding="utf-8"), where),
+        )
     except (*HUB_ERRORS, UnicodeDecodeError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
-    return parse_json(text, where)
 
 
 class WeightsFile(Mapping[str, torch.Tensor]):
     """The tensors of an `adapter_model.safetensors`, by key; each access reads from disk, nothing is kept.
 
     The file is downloaded at the first access. Where the library's `library.json` states its sha256, the file is
-    compared with it once.
+    compared with it once. A damaged file of the Hub's cache is downloaded once more.
 
     Args:
         place (`Location`): the adapter's place.
@@ -69,10 +73,7 @@ class WeightsFile(Mapping[str, torch.Tensor]):
     def path(self) -> str:
         """Local path of the file, checked against the sha256 of `library.json` where there is one."""
         if self._path is None:
-            path = self._find()
-            if self.place.record is not None:
-                self._checked(path)
-            self._path = path
+            self._path = self.place.read(WEIGHTS_NAME, self._find(), self._checked)
         return self._path
 
     def header(self) -> dict[str, TensorHeader]:
@@ -104,8 +105,13 @@ class WeightsFile(Mapping[str, torch.Tensor]):
 
     def copy_to(self, path: str | PathLike) -> str:
         """Copy the file and return the sha256 of the copy, which is the one of `library.json` where there is one."""
-        shutil.copyfile(self._path or self._find(), path)
-        return self._checked(path)
+
+        def copy(found: str) -> str:
+            shutil.copyfile(found, path)
+            self._check_header(path)
+            return self._checked_sum(path)
+
+        return self.place.read(WEIGHTS_NAME, self._path or self._find(), copy)
 
     def move_to(self, place: Location) -> None:
         """Read from another place from now on, which holds the same file."""
@@ -114,7 +120,18 @@ class WeightsFile(Mapping[str, torch.Tensor]):
     def _open(self):
         return _open(self.path(), self.place.describe())
 
-    def _checked(self, path: str | PathLike) -> str:
+    def _checked(self, path: str) -> str:
+        if self.place.record is None:
+            self._check_header(path)
+        else:
+            self._checked_sum(path)
+        return path
+
+    def _check_header(self, path: str | PathLike) -> None:
+        with _open(path, self.place.describe()):
+            pass
+
+    def _checked_sum(self, path: str | PathLike) -> str:
         found, record = sha256_of(path), self.place.record
         if record is not None and found != record.sha256:
             raise ValueError(
@@ -156,8 +173,9 @@ def sha256_of(path: str | PathLike) -> str:
 def _remote_header(place: Location) -> dict[str, TensorHeader]:
     filename = f"{place.subfolder}/{WEIGHTS_NAME}" if place.subfolder else WEIGHTS_NAME
     try:
-        found = HfApi(token=place.token).parse_safetensors_file_metadata(
-            place.repo_id, filename, revision=place.commit or place.revision
+        api = HfApi(token=place.token)
+        found = retried(
+            api.parse_safetensors_file_metadata, place.repo_id, filename, revision=place.commit or place.revision
         )
     except (SafetensorsParsingError, NotASafetensorsRepoError) as error:
         raise ValueError(f"adapter {place.describe()!r}: {WEIGHTS_NAME} is damaged: {error}") from error

@@ -13,6 +13,7 @@ from .base_ids import is_local_path
 from .card import library_card
 from .files import CARD_NAME
 from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER
+from .retrying import BUSY, RATE_LIMITED, retried
 from .storage import write
 from .versions import framework_versions
 
@@ -99,12 +100,15 @@ def push_folder(
             in the folder are deleted.
     """
     api = HfApi(token=token)
-    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    full_id = retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     _check_repo(api, full_id, private, files[0])
     if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(full_id, branch=revision, exist_ok=True)
+        retried(api.create_branch, full_id, branch=revision, exist_ok=True)
     (folder / CARD_NAME).write_text(card(full_id), encoding="utf-8")
-    return api.upload_folder(
+    return retried(
+        api.upload_folder,
+        # after another answer there may be a pull request already; the same commit twice is none
+        statuses=(RATE_LIMITED,) if create_pr else BUSY,
         repo_id=full_id,
         folder_path=folder,
         revision=revision,
@@ -116,7 +120,7 @@ def push_folder(
 
 
 def _check_repo(api: HfApi, repo_id: str, private: bool | None, known_by: str) -> None:
-    info = api.model_info(repo_id)
+    info = retried(api.model_info, repo_id)
     if private is not None and info.private is not None and info.private != private:
         is_now = "private" if info.private else "public"
         raise ValueError(

@@ -13,11 +13,13 @@ from tqdm.contrib.concurrent import thread_map
 
 from .adapter import HUB_THREADS, Adapter, AdapterLike, AdapterRef, list_locations, load
 from .base_names import check_base, common_base
+from .discovery import discover
 from .hub import push_library
-from .lora import check_kind
+from .lora_config import check_kind
 from .manifest import MANIFEST_NAME, Evaluation, Manifest, Notes, Picture, check_picture_name
 from .names import check_name, unique_name
 from .reading import Location
+from .report import AdapterReports
 from .storage import save
 
 
@@ -224,6 +226,11 @@ class AdapterLibrary(Mapping[str, Adapter]):
             commit_message=commit_message,
             create_pr=create_pr,
         )
+
+    @staticmethod
+    def discover(base_model: str, **filters: Any) -> AdapterReports:
+        """Adapters of a base model on the Hub, with their reports; see [`peft_arrow.library.discovery.discover`]."""
+        return discover(base_model, **filters)
 
     def picture(self, file: str) -> str:
         """Local path of one of `notes.pictures`, downloaded if it is on the Hub."""

@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
 from .adapter import Adapter
+from .fields import short
+from .files import WeightsFile
+from .lora_config import REFUSED, check_config
 
 
 KEY_PREFIX = "base_model.model."
-
-REFUSED = {
-    "use_dora": "DoRA rescales the whole weight by a learned magnitude",
-    "lora_bias": "a bias on lora_B is not a low-rank update of the weight",
-    "trainable_token_indices": "trained token embeddings replace rows of the embedding for every token",
-    "target_parameters": "updates of parameters inside MoE layers are not updates of a linear module",
-    "alora_invocation_tokens": "aLoRA applies only after its invocation tokens",
-    "use_qalora": "QALoRA pools the input in groups",
-    "use_bdlora": "BD-LoRA uses block-diagonal factors",
-    "kasa_config": "KaSA inserts learned singular values",
-    "velora_config": "VeLoRA changes how activations are stored for training",
-    "monteclora_config": "MonteCLoRA samples its weights",
-    "arrow_config": "it is a router of PEFT's Arrow, not an expert; pass the folder that holds task_0, task_1, ...",
-    "megatron_config": "Megatron's parallel layers are not supported",
-}
-NAMES = (str, list, tuple, set, type(None))
-CONFIG_TYPES = {
-    "target_modules": NAMES,
-    "exclude_modules": NAMES,
-    "modules_to_save": (list, tuple, set, type(None)),
-    "layers_to_transform": (int, list, tuple, type(None)),
-    "layers_pattern": NAMES,
-    "rank_pattern": (dict, type(None)),
-    "alpha_pattern": (dict, type(None)),
-    "lora_dropout": (int, float, type(None)),
-    "use_rslora": (bool, type(None)),
-}
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-KEPT_BASE_CHANGING_INITS = ("pissa", "olora")
+# What safetensors calls the dtypes that factors can have.
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -63,7 +40,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class LoraContent:
-    """An adapter's files, taken apart.
+    """An adapter's files, taken apart; in an outline the tensors are on the meta device.
 
     Args:
         factors (`dict[str, Factors]`): by the base's module name.
@@ -82,96 +59,79 @@ class LoraContent:
     dropout: float
 
 
-def check_kind(name: str, source: str, config: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` that names the feature and the reason if the adapter is not a plain LoRA."""
-    peft_type = str(getattr(config.get("peft_type"), "value", config.get("peft_type")))
-    if peft_type == "ARROW_LORA":
-        raise ValueError(
-            f"adapter {name!r} ({source}): it is a saved routed model, not an expert; load it with "
-            "PeftModel.from_pretrained(base, folder)."
-        )
-    if peft_type != "LORA":
-        raise ValueError(
-            f"adapter {name!r} ({source}): peft_type is {peft_type!r}; only 'LORA' adapters can be routed."
-        )
-    for option, reason in REFUSED.items():
-        if config.get(option):
-            raise ValueError(f"adapter {name!r} ({source}): {option}={config[option]!r} is not supported: {reason}.")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS) and init not in KEPT_BASE_CHANGING_INITS:
-        raise ValueError(
-            f"adapter {name!r} ({source}): init_lora_weights={init!r} changed the base weights in training, and the "
-            "adapter's files do not tell how; save it with path_initial_model_for_weight_conversion, which makes a "
-            "plain LoRA of it."
-        )
+def outline_lora(adapter: Adapter) -> LoraContent:
+    """What the adapter holds, without values: its tensors have a dtype and a shape; of a file only the header is read.
 
-
-def _check_types(adapter: Adapter) -> None:
-    """A file from elsewhere may say anything; what PEFT would choke on later is refused here, by name."""
-    config = adapter.config
-    for field, types in CONFIG_TYPES.items():
-        if not isinstance(config.get(field), types):
-            allowed = ", ".join("None" if kind is type(None) else kind.__name__ for kind in types)
-            raise ValueError(
-                f"{_where(adapter)}: its config has {field}={config[field]!r}; allowed types are {allowed}."
-            )
-    if not 0 <= (config.get("lora_dropout") or 0) < 1:
-        raise ValueError(
-            f"{_where(adapter)}: its config has lora_dropout={config['lora_dropout']!r}; it must be in [0, 1)."
-        )
-    patterns = [config.get("target_modules"), config.get("exclude_modules")]
-    patterns += [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    for pattern in (pattern for pattern in patterns if isinstance(pattern, str)):
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{_where(adapter)}: its config has {pattern!r}, which is no regular expression: {error}."
-            ) from error
+    Raises:
+        ValueError: the adapter is no plain LoRA, or a tensor is missing, unexpected or misshapen.
+    """
+    check_config(adapter)
+    return _take_apart(adapter, _without_values(adapter.tensors))
 
 
 def read_lora(adapter: Adapter) -> LoraContent:
     """Take the adapter's tensors apart and check them.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, misshapen, not finite, or the whole update is zero.
+        ValueError: as `outline_lora`; or a factor is not finite, or the whole update is zero.
     """
-    check_kind(adapter.name, adapter.source, adapter.config)
-    _check_types(adapter)
-    halves, saved, copies = _sort_tensors(adapter)
+    check_config(adapter)
+    content = _take_apart(adapter, adapter.tensors)
+    for module, factor in content.factors.items():
+        for half, tensor in (("lora_A", factor.lora_A), ("lora_B", factor.lora_B)):
+            if not torch.isfinite(tensor).all():
+                raise _no_numbers(adapter, f"{module}.{half}")
+    if all(not factor.lora_B.any() or not factor.lora_A.any() for factor in content.factors.values()):
+        raise ValueError(f"{adapter.where}: the whole update is zero (lora_A or lora_B is 0 in every module).")
+    return content
+
+
+def _without_values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not isinstance(tensors, WeightsFile):
+        return {key: _blank(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    tensors.path()  # a file on the Hub is downloaded now: it will be read, and its header is then not asked for apart
+    return {
+        key: _blank(FLOAT_DTYPES.get(header.dtype, torch.uint8), header.shape)
+        for key, header in tensors.header().items()
+    }
+
+
+@lru_cache(maxsize=1024)
+def _blank(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _take_apart(adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> LoraContent:
+    halves, saved, copies = _sort_tensors(adapter, tensors)
     if not halves:
-        raise ValueError(f"{_where(adapter)}: the file holds no lora_A and lora_B tensors.")
+        raise ValueError(f"{adapter.where}: the file holds no lora_A and lora_B tensors.")
     factors = {module: _factors(adapter, module, halves[module]) for module in sorted(halves)}
-    if all(not factor.lora_B.any() or not factor.lora_A.any() for factor in factors.values()):
-        raise ValueError(f"{_where(adapter)}: the whole update is zero (lora_A or lora_B is 0 in every module).")
     modules_to_save = tuple(name for name in adapter.config.get("modules_to_save") or [] if _owns_any(name, saved))
     return LoraContent(factors, saved, modules_to_save, copies, float(adapter.config.get("lora_dropout") or 0.0))
 
 
-def _where(adapter: Adapter) -> str:
-    return f"adapter {adapter.name!r} ({adapter.source})"
+def _no_numbers(adapter: Adapter, factor: str) -> ValueError:
+    return ValueError(f"{adapter.where}: {factor} holds NaN, Inf or no floating-point numbers of 16, 32 or 64 bits.")
 
 
-def _sort_tensors(adapter: Adapter):
+def _sort_tensors(adapter: Adapter, tensors: Mapping[str, torch.Tensor]):
     halves: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     copies: dict[str, torch.Tensor] = {}
     modules_to_save = list(adapter.config.get("modules_to_save") or [])
     unexpected = []
-    for key, tensor in adapter.tensors.items():
+    for key, tensor in tensors.items():
         path = key.removeprefix(KEY_PREFIX)
         module, _, half = path.rpartition(".lora_")
         if half in ("A.weight", "B.weight"):
             halves.setdefault(module, {})[half[0]] = tensor
         elif "lora_embedding_" in path:
             raise ValueError(
-                f"{_where(adapter)}: {key} adapts an embedding, which is not supported: routing scores the input of a "
+                f"{adapter.where}: {key} adapts an embedding, which is not supported: routing scores the input of a "
                 "linear module, and an embedding's input is a token id."
             )
         elif "lora_magnitude_vector" in path:
-            raise ValueError(
-                f"{_where(adapter)}: {key} belongs to DoRA, which is not supported: {REFUSED['use_dora']}."
-            )
+            raise ValueError(f"{adapter.where}: {key} belongs to DoRA, which is not supported: {REFUSED['use_dora']}.")
         elif _belongs_to(path, modules_to_save):
             saved[path] = tensor
         elif _is_copy(path, adapter.config):
@@ -180,7 +140,7 @@ def _sort_tensors(adapter: Adapter):
             unexpected.append(key)
     if unexpected:
         raise ValueError(
-            f"{_where(adapter)}: {len(unexpected)} tensors are neither LoRA factors nor listed in modules_to_save: "
+            f"{adapter.where}: {len(unexpected)} tensors are neither LoRA factors nor listed in modules_to_save: "
             f"{', '.join(unexpected[:3])}."
         )
     return halves, saved, copies
@@ -203,22 +163,22 @@ def _belongs_to(path: str, modules_to_save: list[str]) -> bool:
 def _factors(adapter: Adapter, module: str, halves: dict[str, torch.Tensor]) -> Factors:
     missing = [f"{module}.lora_{half}.weight" for half in "AB" if half not in halves]
     if missing:
-        raise ValueError(f"{_where(adapter)}: the tensor {missing[0]} is missing.")
+        raise ValueError(f"{adapter.where}: the tensor {missing[0]} is missing.")
     lora_A, lora_B = halves["A"], halves["B"]
     if lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
-            f"{_where(adapter)}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
+            f"{adapter.where}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
             f"{tuple(lora_B.shape)}; only linear modules, with two dimensions each, are supported."
         )
     rank, scaling = _rank_and_scaling(adapter, module)
     if lora_A.shape[0] != rank or lora_B.shape[1] != rank:
         raise ValueError(
-            f"{_where(adapter)}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
+            f"{adapter.where}: {module} has lora_A of shape {tuple(lora_A.shape)} and lora_B of shape "
             f"{tuple(lora_B.shape)}, but its config says rank {rank}."
         )
     for half, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-            raise ValueError(f"{_where(adapter)}: {module}.{half} holds NaN, Inf or no floating-point numbers.")
+        if tensor.dtype not in FLOAT_DTYPES.values():
+            raise _no_numbers(adapter, f"{module}.{half}")
     return Factors(lora_A, lora_B, scaling)
 
 
@@ -229,11 +189,11 @@ def _rank_and_scaling(adapter: Adapter, module: str) -> tuple[int, float]:
     alpha = alphas.get(get_pattern_key(alphas.keys(), module), config.get("lora_alpha", 8))
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
-            f"{_where(adapter)}: its config gives {module} rank {rank!r}; it must be a whole number of at least 1."
+            f"{adapter.where}: its config gives {module} rank {rank!r}; it must be a whole number of at least 1."
         )
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if not is_number or not math.isfinite(alpha) or alpha == 0:
+    if not is_number or not 0 < abs(alpha) <= sys.float_info.max:
         raise ValueError(
-            f"{_where(adapter)}: its config gives {module} lora_alpha {alpha!r}; it must be finite and not 0."
+            f"{adapter.where}: its config gives {module} lora_alpha {short(alpha)}; it must be finite and not 0."
         )
     return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

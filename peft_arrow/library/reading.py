@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER, ExpertRecord, Manifest
+from .retrying import retried
 
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_ARROW_ROUTER = "arrow_router"
-HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
+# The bases of HfHubHTTPError are the HTTP client's own error, which a lost connection raises, and OSError.
+HUB_ERRORS = (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,29 @@ class Location:
 
     def file(self, filename: str) -> str:
         """Local path of a file of the adapter, downloaded if it is on the Hub; raises one of `HUB_ERRORS`."""
-        if self.folder is not None:
-            return str(self.folder / filename)
-        return hf_hub_download(
+        return str(self.folder / filename) if self.folder is not None else self._download(filename)
+
+    def read(self, filename: str, path: str, read: Callable[[str], T]) -> T:
+        """What `read` makes of a file at its local path; where it raises a `ValueError`, the file is downloaded anew.
+
+        huggingface_hub keeps a file that was damaged on the way, and would give it out forever.
+        """
+        try:
+            return read(path)
+        except ValueError:
+            if self.folder is not None or self.local_files_only or constants.HF_HUB_OFFLINE:
+                raise
+            try:
+                fresh = self._download(filename, force_download=True)
+            except (*HUB_ERRORS, ValueError):
+                fresh = None
+            if fresh is None:
+                raise
+        return read(fresh)
+
+    def _download(self, filename: str, **options: Any) -> str:
+        return retried(
+            hf_hub_download,
             self.repo_id,
             filename,
             subfolder=self.subfolder,
@@ -86,6 +110,7 @@ class Location:
             token=self.token,
             cache_dir=self.cache_dir,
             local_files_only=self.local_files_only,
+            **options,
         )
 
     def pictures(self) -> Location:
@@ -181,7 +206,7 @@ def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> lis
 
 def _experts(text: str, place: Location, path: str) -> list[Location]:
     prefix = f"{place.subfolder}/" if place.subfolder else ""
-    manifest = read_manifest(path, text)
+    manifest = place.read(MANIFEST_NAME, path, lambda path: read_manifest(path, text))
     return [
         replace(place, subfolder=f"{prefix}{EXPERTS_FOLDER}/{record.name}", name=record.name, manifest=manifest)
         for record in manifest.experts

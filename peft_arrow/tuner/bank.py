@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,12 +20,52 @@ def bank_modules(layer: nn.Module, adapter_name: str, is_main: bool) -> tuple[nn
     return getattr(layer, name_A)[adapter_name], getattr(layer, name_B)[adapter_name]
 
 
+class FactorStacks:
+    """The factors of a layer's experts, side by side: of each bank an A (sum of ranks, I) and a B (O, sum of ranks).
+
+    Made without values, so that factors can be put in one by one and dropped. A bank has the widest dtype of its
+    experts.
+
+    Args:
+        experts (`LayerExperts`): the experts of the layer.
+        factors (list of (A (r, I), B (O, r))): theirs, of which the dtypes and shapes are used; may be on meta.
+        device (`torch.device` or `str`): where the stacks are made.
+    """
+
+    def __init__(
+        self,
+        experts: LayerExperts,
+        factors: list[tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.experts = experts
+        self.banks: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+        (_, in_features), (out_features, _) = (half.shape for half in factors[0])
+        for is_main in (True, False):
+            members, rank = experts.bank(is_main), experts.bank_rank(is_main)
+            if members:
+                dtypes = dict.fromkeys(half.dtype for e in members for half in factors[e])
+                options = {"dtype": functools.reduce(torch.promote_types, dtypes), "device": device}
+                self.banks[is_main] = (
+                    torch.empty(rank, in_features, **options),
+                    torch.empty(out_features, rank, **options),
+                )
+
+    @torch.no_grad()
+    def put(self, position: int, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
+        """Copy in the factors of the expert at this position of the model's `expert_names`."""
+        is_main, ranks = self.experts.slots[position]
+        stack_A, stack_B = self.banks[is_main]
+        stack_A[ranks].copy_(lora_A)
+        stack_B[:, ranks].copy_(lora_B)
+
+
 def add_bank(
     layer: nn.Module,
     adapter_name: str,
     experts: LayerExperts,
     is_main: bool,
-    weights: list[tuple[torch.Tensor, torch.Tensor]] | None,
+    stacks: FactorStacks | None,
     init_weights: bool | None,
 ) -> None:
     """Make one bank of a layer anew; an empty bank is left out."""
@@ -35,27 +76,15 @@ def add_bank(
     members = experts.bank(is_main)
     if not members:
         return
-    rank = experts.bank_rank(is_main)
-    if weights is not None:
-        dtype = torch.promote_types(*[_widest([weights[e][side] for e in members]) for side in (0, 1)])
-        factors = (
-            torch.cat([weights[e][0].to(dtype) for e in members], dim=0),
-            torch.cat([weights[e][1].to(dtype) for e in members], dim=1),
-        )
-        modules = [_linear_from(factor) for factor in factors]
+    if stacks is not None:
+        modules = [_linear_from(stack) for stack in stacks.banks[is_main]]
     else:
+        rank = experts.bank_rank(is_main)
         shapes = ((layer.in_features, rank), (rank, layer.out_features))
         modules = [_empty_linear(*shape) for shape in shapes]
         _init_fresh(*modules, experts, members, init_weights)
     for container, module in zip(containers, modules, strict=True):
         container[adapter_name] = module
-
-
-def _widest(tensors: list[torch.Tensor]) -> torch.dtype:
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _linear_from(weight: torch.Tensor) -> nn.Linear:
@@ -65,7 +94,7 @@ def _linear_from(weight: torch.Tensor) -> nn.Linear:
     parameters so that it drops their data.
     """
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    module._parameters["weight"] = nn.Parameter(weight.detach().contiguous())
+    module._parameters["weight"] = nn.Parameter(weight)
     return module
 
 

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from ..library.adapter import Adapter
-from ..library.lora import KEPT_BASE_CHANGING_INITS, Factors, LoraContent
+from ..library.lora import Factors, LoraContent
+from ..library.lora_config import KEPT_BASE_CHANGING_INITS
 
 
 def undo_base_change(

@@ -56,7 +56,8 @@ class ArrowLoraConfig(PeftConfig):
             The expert whose trained modules (heads) are used where experts bring different ones.
         trainable_token_indices (*optional*): As in `LoraConfig`; TRL sets it when a chat template adds tokens.
         layer_replication (`list[tuple[int, int]]`, *optional*): As in `LoraConfig`; taken from the adapters.
-        layouts, expert_layouts, expert_sources: Written by the model: what it needs to be rebuilt.
+        layouts, expert_layouts, expert_sources, expert_licenses:
+            Written by the model: what it needs to be rebuilt, and what its card says of the experts.
         format_version (`int`): Version of the saved format.
     """
 
@@ -95,6 +96,7 @@ class ArrowLoraConfig(PeftConfig):
     layouts: list[dict] | None = field(default=None, repr=False, metadata={"help": "Shapes of the experts."})
     expert_layouts: list[int] | None = field(default=None, repr=False, metadata={"help": "Layout of each expert."})
     expert_sources: list | None = field(default=None, repr=False, metadata={"help": "Source of each expert."})
+    expert_licenses: list | None = field(default=None, repr=False, metadata={"help": "Licence of each expert."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __post_init__(self):
@@ -115,6 +117,8 @@ class ArrowLoraConfig(PeftConfig):
         self._check_format()
         self._check_fresh()
         self._check_names()
+        if self.expert_layouts is not None and self.expert_licenses is None:  # saved before licences were kept
+            self.expert_licenses = [None] * len(self.expert_layouts)
         if self.adapters is not None:
             self._read_adapter_configs()
 
@@ -192,6 +196,7 @@ class ArrowLoraConfig(PeftConfig):
         config.layouts = [fresh_layout(int(self.r), float(scaling), float(self.lora_dropout))]
         config.expert_layouts = [0] * len(names)
         config.expert_sources = [None] * len(names)
+        config.expert_licenses = [None] * len(names)
         return config
 
     def layout_index(self) -> LayoutIndex:

@@ -11,15 +11,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import _get_submodules
 
-from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load, source_of, unique_name
+from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load, unique_name
+from ..library.base_modules import BaseModules, is_match
 from ..library.lora import LoraContent
-from .base_modules import BaseModules, is_match
+from .bank import FactorStacks
 from .config import ArrowLoraConfig
 from .export import export_lora
+from .fitting import outline_on_base, read_on_base
 from .heads import saved_modules
 from .layer import ArrowLoraLayer
 from .layouts import LayerExperts
-from .resolve import add_layout, check_equal_ranks, fit_to_base
+from .resolve import add_layout, check_equal_ranks
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class EditingMixin:
         for derived, place in located.items():
             unique = unique_name(derived, draft.expert_names)
             adapter = load(unique, place)
-            contents[unique] = fit_to_base(adapter, base)
+            outline_on_base(adapter, base)
+            contents[unique] = read_on_base(adapter, base)
             self._check_heads(adapter_name, adapter, contents[unique])
             draft.expert_names.append(unique)
-            add_layout(draft, contents[unique], source_of(place))
+            add_layout(draft, contents[unique], place)
             if not draft.__dict__.get("_has_fresh") and isinstance(draft.target_modules, set):
                 draft.target_modules = draft.target_modules | set(contents[unique].factors)
         self._apply_draft(adapter_name, draft, contents)
@@ -82,7 +85,7 @@ class EditingMixin:
             )
         draft = _draft(config)
         position = config.expert_names.index(name)
-        for entries in (draft.expert_names, draft.expert_layouts, draft.expert_sources):
+        for entries in (draft.expert_names, draft.expert_layouts, draft.expert_sources, draft.expert_licenses):
             del entries[position]
         if isinstance(draft.trainable_experts, list):
             draft.trainable_experts = [expert for expert in draft.trainable_experts if expert != name]
@@ -133,8 +136,8 @@ class EditingMixin:
             is_targeted = is_match(BaseTuner._check_target_module_exists(draft, module))
             experts = index.experts(module, is_targeted)
             plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents, factor)
-        for module, plan in plans.items():
-            self._carry_out(adapter_name, module, layers.get(module), plan, options, scale)
+        for module in names:
+            self._carry_out(adapter_name, module, layers.get(module), plans.pop(module), options, scale)
         self.peft_config[adapter_name] = draft
 
     def _plan(self, adapter_name, draft, module, layer, experts, contents, like) -> LayerPlan:
@@ -166,7 +169,11 @@ class EditingMixin:
             if layer is not None and adapter_name in layer.experts:
                 self._drop_layer(adapter_name, module, layer)
             return
-        options = {**options, "experts": plan.experts, "weights": plan.weights}
+        lora_A, _ = plan.weights[0]
+        stacks = FactorStacks(plan.experts, plan.weights, lora_A.device)
+        for position, factors in zip(plan.experts.positions, plan.weights, strict=True):
+            stacks.put(position, *factors)
+        options = {**options, "experts": plan.experts, "stacks": stacks}
         if layer is None:
             parent, target, target_name = _get_submodules(self.model, module)
             layer = self._create_new_module(adapter_name, target, **options)
@@ -188,6 +195,6 @@ class EditingMixin:
 
 def _draft(config: ArrowLoraConfig) -> ArrowLoraConfig:
     draft = copy.copy(config)
-    for name in ("expert_names", "layouts", "expert_layouts", "expert_sources"):
+    for name in ("expert_names", "layouts", "expert_layouts", "expert_sources", "expert_licenses"):
         setattr(draft, name, list(getattr(config, name)))
     return draft

@@ -15,12 +15,11 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ..library.lora import KEY_PREFIX
+from ..library.serving import served_rank
 from .heads import saved_modules
 
 
 METHODS = ("svd", "cat")
-# The values of vLLM's `max_lora_rank` (vllm/config/lora.py, commit 01230b4): an export fills the next of them.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def export_lora(
@@ -34,10 +33,10 @@ def export_lora(
         weights (`"uniform"` or `dict[str, float]`):
             `"uniform"`: 1 / number of experts each. A dict: expert name -> weight, missing ones 0, used as given.
         rank (`int`, *optional*):
-            Rank of the result for `"svd"`; by default the largest rank of an expert, up to the next of `SERVED_RANKS`.
+            Rank of the result for `"svd"`; by default the largest rank of an expert, up to the next of vLLM's ranks.
         method (`str`):
             `"svd"`: best approximation of that rank. `"cat"`: exact; the rank is the sum of the ranks, up to the next
-            of `SERVED_RANKS`.
+            of vLLM's ranks.
 
     Returns:
         `dict`: `rank`, one for all modules, because servers such as vLLM read one (those of lower rank are filled with
@@ -56,10 +55,9 @@ def export_lora(
             f"rank={rank!r} is not allowed; it is a whole number of at least 1, and only for method='svd'."
         )
     layers = {name: layer for name, layer in tuner.routed_layers().items() if adapter_name in layer.experts}
-    if rank is None and method == "svd":
-        rank = served_rank(max(max(layer.experts[adapter_name].ranks) for layer in layers.values()))
-    elif rank is None:
-        rank = served_rank(max(sum(layer.experts[adapter_name].ranks) for layer in layers.values()))
+    if rank is None:
+        needed = max if method == "svd" else sum
+        rank = served_rank(max(needed(layer.experts[adapter_name].ranks) for layer in layers.values()))
     tensors, kept, lost = {}, 0.0, 0.0
     for module, layer in layers.items():
         lora_A, lora_B = _concatenated(layer, adapter_name, expert_weights)
@@ -69,17 +67,10 @@ def export_lora(
         missing = rank - lora_A.shape[0]
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = pad(lora_A, (0, 0, 0, missing))
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = pad(lora_B, (0, missing)).contiguous()
-    from_head = _head_tensors(tuner, adapter_name)
-    lora = _lora_config(
-        config, rank, list(layers), any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
-    )
-    _write(folder, lora, {**tensors, **from_head})
+    is_conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+    lora = _lora_config(config, rank, list(layers), is_conv1d)
+    _write(folder, lora, {**tensors, **_head_tensors(tuner, adapter_name)})
     return {"rank": rank, "lost_norm": (lost / (kept + lost)) ** 0.5 if kept + lost else 0.0}
-
-
-def served_rank(rank: int) -> int:
-    """The smallest of `SERVED_RANKS` that is at least `rank`; above the largest, `rank` itself."""
-    return next((served for served in SERVED_RANKS if served >= rank), rank)
 
 
 def _expert_weights(weights: str | dict[str, float], names: list[str]) -> list[float]:

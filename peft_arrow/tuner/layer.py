@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops import ExpertBank, ExpertStack, routed_lora
 from ..routers import Router, Routing
-from .bank import BANKS, add_bank, bank_constants, bank_modules
+from .bank import BANKS, FactorStacks, add_bank, bank_constants, bank_modules
 from .layouts import LayerExperts
 from .prototype_state import PrototypeState
 from .prototypes import PrototypeLinear, PrototypeMixin
@@ -81,7 +81,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         aggregation: str = "output",
         kernel: str = "auto",
         prototype_update: str = "step",
-        weights: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        stacks: FactorStacks | None = None,
         init_weights: bool | None = None,
         inference_mode: bool = False,
         keep_frozen: bool = False,
@@ -93,9 +93,9 @@ class ArrowLoraLayer(BaseTunerLayer):
             experts (`LayerExperts`): the experts that have this module.
             router (`Router`): shared by all layers of the adapter.
             aggregation, kernel, prototype_update (`str`): see `ArrowLoraConfig` and `KERNELS`.
-            weights (list of (A (r, I), B (O, r)), *optional*): the experts' factors, in the order of `experts`.
+            stacks (`FactorStacks`, *optional*): the experts' factors, which become the layer's parameters.
             init_weights (`bool`, *optional*):
-                Without `weights`: True starts B at zero, False at random, None leaves zeros that a checkpoint will
+                Without `stacks`: True starts B at zero, False at random, None leaves zeros that a checkpoint will
                 replace.
             inference_mode (`bool`): whether the adapter is frozen.
             keep_frozen (`bool`): whether it stays so whatever is activated: experts that must not train are among it.
@@ -114,11 +114,11 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.kept_frozen[adapter_name] = keep_frozen
         self.prototype_states[adapter_name] = PrototypeState()
         for is_main in (True, False):
-            add_bank(self, adapter_name, experts, is_main, weights, init_weights)
+            add_bank(self, adapter_name, experts, is_main, stacks, init_weights)
         self.arrow_lora_router[adapter_name] = PrototypeLinear(
-            self.in_features, len(experts.positions), has_weights=weights is not None
+            self.in_features, len(experts.positions), has_weights=stacks is not None
         )
-        self._move_adapter_to_device_of_base_layer(adapter_name, cast=weights is None)
+        self._move_adapter_to_device_of_base_layer(adapter_name, cast=stacks is None)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(

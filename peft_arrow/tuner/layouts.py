@@ -8,7 +8,7 @@ share a layout, so that a thousand alike cost a thousand integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 
@@ -36,6 +36,16 @@ class LayerExperts:
     def bank_rank(self, trainable: bool) -> int:
         """Sum of the ranks of a bank."""
         return sum(self.ranks[e] for e in self.bank(trainable))
+
+    @cached_property
+    def slots(self) -> dict[int, tuple[bool, slice]]:
+        """Each expert's bank (as in `bank`) and where in it its ranks lie, by position in the whole model."""
+        ends = {True: 0, False: 0}
+        found = {}
+        for position, rank, in_main in zip(self.positions, self.ranks, self.trainable, strict=True):
+            found[position] = (in_main, slice(ends[in_main], ends[in_main] + rank))
+            ends[in_main] += rank
+        return found
 
 
 def make_layout(ranks: dict[str, int], scalings: dict[str, float], dropout: float) -> dict[str, Any]:

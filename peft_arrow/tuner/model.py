@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from torch import nn
 
+from ..library.base_modules import is_match, is_supported
 from ..ops import check_kernel, log_choice
 from ..routers import Router, make_router
-from .base_modules import is_match, is_supported
 from .config import ArrowLoraConfig
 from .editing import EditingMixin
 from .heads import load_saved_modules
@@ -92,18 +92,11 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         config._modules, config._has_fresh = self._index.modules, self._index.has_fresh
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._copy_heads(adapter_name, resolved)
+            if resolved.head:
+                load_saved_modules(self.model, adapter_name, resolved.head)
             log_choice("auto")
         finally:
             self._resolved = self._index = self._router = None
-
-    def _copy_heads(self, adapter_name: str, resolved: ResolvedExperts) -> None:
-        owners = [content for content in resolved.contents if content.saved]
-        if not owners:
-            return
-        chosen = resolved.config.modules_to_save_from
-        saved = resolved.contents[resolved.config.expert_names.index(chosen)].saved if chosen else owners[0].saved
-        load_saved_modules(self.model, adapter_name, saved)
 
     def _prepare_adapter_config(self, peft_config: ArrowLoraConfig, model_config: dict) -> ArrowLoraConfig:
         if peft_config.__dict__.get("_modules") and not peft_config.target_modules:
@@ -139,13 +132,12 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         experts = self._index.experts(current_key, is_targeted)
         if experts is None:
             return
-        weights = self._resolved.weights(current_key, experts.positions)
         kwargs = {
             "experts": experts,
             "router": self._router,
             "aggregation": arrow_config.aggregation,
             "prototype_update": arrow_config.prototype_update,
-            "weights": weights,
+            "stacks": self._resolved.take(current_key),
             "init_weights": arrow_config.init_weights if self._index.has_fresh else None,
             "inference_mode": arrow_config.inference_mode,
             "keep_frozen": arrow_config.keeps_frozen(),

@@ -53,7 +53,11 @@ def test_what_is_written(library, tmp_path, adapter_folders):
     library.save_pretrained(tmp_path / "lib")
     assert sorted(all_files(tmp_path / "lib")) == sorted(
         ["README.md", "library.json"]
-        + [f"experts/{name}/{file}" for name in library for file in ("adapter_config.json", "adapter_model.safetensors")]
+        + [
+            f"experts/{name}/{file}"
+            for name in library
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        ]
     )
     content = json.loads((tmp_path / "lib/library.json").read_text())
     assert content["format_version"] == 1
@@ -221,3 +225,19 @@ def test_weights_are_the_same_bits(library, tmp_path):
         assert all(torch.equal(stored[key], tensor) for key, tensor in adapter.tensors.items())
     model = PeftModel.from_pretrained(pico_base(), str(tmp_path / "lib"), subfolder="experts/sql")
     assert model.peft_config["default"].r == 2
+
+
+def test_format_1_loads_for_ever():
+    """The golden library of format version 1: names, notes and every bit of the weights."""
+    golden = Path(__file__).parent.parent / "golden" / "library-format-1"
+    library = AdapterLibrary.from_pretrained(golden)
+    assert list(library) == ["plurals", "dates"] and library.base_model_name_or_path == "me/pico"
+    assert library["plurals"].origin.license == "apache-2.0" and library["dates"].origin.license is None
+    assert library["plurals"].origin.datasets == ("me/plurals",)
+    assert library.notes.description == "A golden library." and library.notes.evaluation[0].value == 0.5
+    for name, rank in (("plurals", 1), ("dates", 2)):
+        assert library[name].tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (
+            rank,
+            32,
+        )
+    assert ArrowLoraModel.from_pretrained(pico_base(), golden).expert_names == ["plurals", "dates"]
