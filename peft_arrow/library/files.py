@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .fields import parse_json
 from .manifest import Origin
-from .reading import CONFIG_NAME, HUB_ERRORS, Location
+from .reading import CONFIG_NAME, HUB_ERRORS, Location, reason_of
 from .retrying import retried
 
 
@@ -50,7 +50,7 @@ def read_config(place: Location) -> Mapping[str, Any]:
             lambda path: parse_json(Path(path).read_text(encoding="utf-8"), where),
         )
     except (*HUB_ERRORS, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} cannot be read: {error}") from error
+        raise ValueError(f"{where} cannot be read: {reason_of(error)}") from error
 
 
 class WeightsFile(Mapping[str, torch.Tensor]):
@@ -190,7 +190,7 @@ def _why_no_weights(place: Location, error: Exception) -> str:
             f"there is only {PICKLE_NAME}, a pickle, which can run code when it is read; load it with PEFT if you "
             f"trust it and save it again, which writes {WEIGHTS_NAME}."
         )
-    return f"{WEIGHTS_NAME} cannot be read: {error}"
+    return f"{WEIGHTS_NAME} cannot be read: {reason_of(error)}"
 
 
 def has_pickle(place: Location) -> bool:

@@ -127,6 +127,12 @@ class Location:
         return replace(self, commit=commit)
 
 
+def reason_of(error: Exception) -> str:
+    """The message of one of `HUB_ERRORS`; of a file that could not be asked for also why."""
+    is_cache = isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None
+    return f"{error} ({error.__cause__})" if is_cache else str(error)
+
+
 def locate(source: str | PathLike, *, subfolder: str | None = None, **hub: Any) -> list[Location]:
     """Every adapter that a reference stands for, in order.
 
@@ -198,7 +204,9 @@ def _locate_on_hub(text: str, subfolder: str | None, hub: dict[str, Any]) -> lis
             if isinstance(error, EntryNotFoundError) and (not is_cache or filename == CONFIG_NAME):
                 reason = error
                 continue
-            raise ValueError(f"adapter {text!r}: there is no such folder, and the Hub answered: {error}") from error
+            raise ValueError(
+                f"adapter {text!r}: there is no such folder, and the Hub answered: {reason_of(error)}"
+            ) from error
         place = place.pinned_by(path)
         return [place] if filename == CONFIG_NAME else _experts(text, place, path)
     return _locate_arrow_repo(text, place, reason)

@@ -30,7 +30,17 @@ def retried(call: Callable[..., T], *args: Any, statuses: Collection[int] = BUSY
 
     Raises:
         huggingface_hub.errors.HfHubHTTPError: the Hub refuses, or is still busy at the last try.
+        OSError: it cannot be reached.
     """
+    try:
+        return _retried(call, args, kwargs, statuses)
+    except HfHubHTTPError:
+        raise
+    except HfHubHTTPError.__bases__[0] as error:  # of the HTTP client, which version 1 of huggingface_hub lets through
+        raise ConnectionError(f"the Hub cannot be reached: {error}") from error
+
+
+def _retried(call: Callable[..., T], args: Any, kwargs: Any, statuses: Collection[int]) -> T:
     start = time.monotonic()
     for number in range(1, TRIES):
         try:

@@ -1,6 +1,7 @@
 """Statistics of an adapter's update, as published screens for poisoned LoRA adapters use them. They report, no more.
 
-The singular values of delta W = s B A follow from an r x r core: QR of A^T and of B, then those of s R_B R_A^T.
+The singular values of delta W = s B A follow from two r x r products: with A A^T = R R^T they are the roots of the
+eigenvalues of R^T (B^T B) R, times |s|. In float64 that is good to about 1e-8 of the largest one.
 Sources:
 
 - Weight space Detection of Backdoors in LoRA Adapters, https://arxiv.org/abs/2602.15195: leading singular value,
@@ -84,9 +85,11 @@ def module_spectrum(factor: Factors) -> tuple[np.ndarray, np.ndarray]:
     A row's length says how much that output is changed.
     """
     lora_A, lora_B = factor.lora_A.detach().cpu().double(), factor.lora_B.detach().cpu().double()
-    core_A, core_B = (torch.linalg.qr(half, mode="r").R for half in (lora_A.T, lora_B))
-    values = torch.linalg.svdvals(core_B @ core_A.T)
-    lengths = (lora_B @ core_A.T).norm(dim=1)
+    squares, vectors = torch.linalg.eigh(lora_A @ lora_A.T)
+    rotated = lora_B @ (vectors * squares.clamp(min=0).sqrt())  # B R, whose rows are as long as those of B A
+    values = torch.linalg.eigvalsh(rotated.T @ rotated).clamp(min=0).sqrt().flip(0)
+    values = values[: min(lora_A.shape[1], lora_B.shape[0])]  # a rank above the widths adds zeros only
+    lengths = rotated.norm(dim=1)
     return (abs(factor.scaling) * values).numpy(), (abs(factor.scaling) * lengths).numpy()
 
 

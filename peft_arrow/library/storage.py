@@ -18,7 +18,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from .adapter import HUB_THREADS, Adapter
 from .base_names import base_revision
-from .card import library_card
+from .card import MARK, library_card
 from .files import CARD_NAME, WEIGHTS_NAME, WeightsFile, local_header, sha256_of
 from .folders import new_folder
 from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER, ExpertRecord, Manifest
@@ -139,7 +139,12 @@ def _other_files(target: Path) -> list[Path]:
             f"folder {str(target)!r} holds {entries[0].name!r} and no {MANIFEST_NAME}; give a new or empty folder, or "
             "that of a library, which is replaced."
         )
-    return [path for path in entries if path.name not in OURS]
+    return [path for path in entries if path.name not in OURS or _is_own_card(path)]
+
+
+def _is_own_card(path: Path) -> bool:
+    """Whether it is a card that a person wrote, or took over by removing our first line."""
+    return path.name == CARD_NAME and MARK not in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _copy(path: Path, target: Path) -> None:

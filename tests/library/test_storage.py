@@ -151,11 +151,13 @@ def test_a_failed_save_changes_nothing(library, tmp_path, adapter_folders):
 def test_save_over_an_old_library(library, tmp_path):
     library.save_pretrained(tmp_path / "lib")
     (tmp_path / "lib/.gitattributes").write_text("mine")
+    (tmp_path / "lib/README.md").write_text("# My own words")
     (tmp_path / "lib/notebooks").mkdir()
     (tmp_path / "lib/notebooks/a.ipynb").write_text("mine too")
     library.without("dates").save_pretrained(tmp_path / "lib")
     assert sorted(os.listdir(tmp_path / "lib/experts")) == ["plurals", "sql"]
     assert (tmp_path / "lib/.gitattributes").read_text() == "mine"
+    assert (tmp_path / "lib/README.md").read_text() == "# My own words"
     assert (tmp_path / "lib/notebooks/a.ipynb").read_text() == "mine too"
     assert os.listdir(tmp_path) == ["lib"]
 
