@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,21 +19,6 @@ from tests.pico import pico_adapter, pico_base
 
 
 BASE = "me/pico"
-
-# Plain PEFT in a process where peft_arrow cannot be imported.
-PLAIN = """
-import sys, torch
-sys.modules["peft_arrow"] = None
-from peft import PeftModel
-from transformers import LlamaForCausalLM
-base, library, out = sys.argv[1:]
-logits = {}
-for name in ("plurals", "dates", "sql"):
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), library, subfolder=f"experts/{name}")
-    with torch.no_grad():
-        logits[name] = model(torch.arange(12).reshape(2, 6) + 5).logits
-torch.save(logits, out)
-"""
 
 
 @pytest.fixture
@@ -95,21 +78,6 @@ def test_origin_is_taken_from_cards(tmp_path, adapter_folders):
     assert (origin.source, origin.license, origin.datasets) == ("a", "mit", ("me/data",))
     (folder / "README.md").write_text("---\n- [broken\n---\n")
     assert AdapterLibrary.from_pretrained([folder], base_model=BASE)["a"].origin.license is None
-
-
-def test_plain_peft_without_peft_arrow(library, tmp_path):
-    """Each expert's folder is an adapter like any other, on a machine that has never heard of this package."""
-    library.save_pretrained(tmp_path / "lib")
-    pico_base().save_pretrained(tmp_path / "base")
-    run = [sys.executable, "-c", PLAIN, str(tmp_path / "base"), str(tmp_path / "lib"), str(tmp_path / "out.pt")]
-    answer = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert answer.returncode == 0, answer.stderr
-    logits = torch.load(tmp_path / "out.pt")
-    routed = ArrowLoraModel.from_pretrained(pico_base(), tmp_path / "lib")
-    for name in library:
-        with torch.no_grad():
-            pinned = routed(torch.arange(12).reshape(2, 6) + 5, adapter_names=[name] * 2).logits
-        torch.testing.assert_close(pinned, logits[name], atol=1e-5, rtol=0)
 
 
 def test_changed_weights_are_refused(library, tmp_path):
