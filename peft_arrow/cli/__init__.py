@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from . import discover, inspect, pull, push, quickstart
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, *HfHubHTTPError.__bases__) as error:  # of its bases one is a lost connection
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -57,8 +57,7 @@ class FactorReader:
         init = adapter.config.get("init_lora_weights")
         if isinstance(init, str) and init.startswith(BASE_CHANGING_INITS):
             raise ValueError(
-                f"adapter {adapter.name!r} ({adapter.source}): with init_lora_weights={init!r} its update does not "
-                "follow from its files alone."
+                f"{adapter.where}: with init_lora_weights={init!r} its update does not follow from its files alone."
             )
         self.outline: LoraContent = outline_lora(adapter)
         self._tensors: Mapping[str, torch.Tensor] = dict(adapter.tensors.items()) if keep else adapter.tensors

@@ -34,7 +34,7 @@ def discover(
     aliases: Collection[str] = (),
     token: str | bool | None = None,
 ) -> AdapterReports:
-    """Find adapters of a base model on the Hub, the most downloaded first.
+    """Find adapters of a base model on the Hub, for each name of the base the most downloaded first.
 
     Repositories are found by the tag `base_model:adapter:<id>`, for the base's id, the id it was renamed to, its
     mirrors of other organisations (`MIRRORS`) and `aliases`. Of each adapter only `adapter_config.json`, the card and

@@ -18,7 +18,7 @@ VERDICTS = {
     NOTES: "it works; read what is said of it below.",
     UNUSABLE: "peft-arrow would refuse it; below is why, and what to do.",
 }
-NAME_WIDTH = 36
+NAME_WIDTH = 60
 
 
 def verdict(report: AdapterReport, reports: AdapterReports) -> str:
@@ -36,12 +36,18 @@ def reports_table(reports: AdapterReports, width: int) -> str:
     titles = ["adapter", "verdict", "rank", "modules", "licence", "size", "base it names"]
     rows = [titles + (["downloads"] if counted else [])]
     for report in reports:
-        row = [plain(report.name, NAME_WIDTH), verdict(report, reports), _ranks(report), _modules(report)]
+        row = [_label(report), verdict(report, reports), _ranks(report), _modules(report)]
         row += [report.license or "none", _size(report.size), _base(report.base_model, reports.base)]
         rows.append(row + ([f"{report.downloads or 0:,}"] if counted else []))
     widths = _fit([max(_shown_width(row[column]) for row in rows) for column in range(len(rows[0]))], width)
     lines = ["  ".join(_pad(text, size) for text, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * size for size in widths), *lines[1:]])
+
+
+def _label(report: AdapterReport) -> str:
+    """The name; of an adapter on the Hub the reference by which it is pulled."""
+    is_on_hub = report.commit is not None or report.downloads is not None
+    return plain(report.source if is_on_hub else report.name, NAME_WIDTH)
 
 
 def _fit(widths: list[int], width: int) -> list[int]:

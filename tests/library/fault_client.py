@@ -16,8 +16,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from peft_arrow import AdapterRef, ArrowLoraModel
-from peft_arrow.library.library import AdapterLibrary
+from peft_arrow import AdapterLibrary, AdapterRef, ArrowLoraModel
 from tests.library.hub_runs import Hub, make_adapter, run_checks
 from tests.pico import pico_base
 
@@ -26,8 +25,9 @@ API = HfApi()
 WEIGHTS = "adapter_model.safetensors"
 WAITS: list[float] = []
 CACHES = itertools.count()
-# What old clients do not try again themselves: version 0 gives up when a connection ends too early.
+# Version 0 of the client gives up when a connection ends too early, and does not wait as long as it is asked to.
 RESUMES = not huggingface_hub.__version__.startswith("0.")
+ASKED = 7 if RESUMES else 1
 
 
 def sleep_less(seconds: float, sleep=time.sleep):
@@ -69,8 +69,7 @@ def check_refusals(hub: Hub, work: Path):
             pull(work, [reference], **options)
         with pytest.raises(ValueError, match=rf"(?s)'{reference}'.*no such folder.*Hub.*{expected}"):
             ArrowLoraModel.from_pretrained(pico_base(), [reference], cache_dir=str(work / "none"), **options)
-    own = AdapterRef("alice/gated", token="hf_alice")
-    assert list(pull(work, [own], token="hf_bob")) == ["gated"]
+    assert list(pull(work, [AdapterRef("alice/gated", token="hf_alice")], token="hf_bob")) == ["gated"]
 
 
 def check_no_weights(hub: Hub, work: Path):
@@ -79,10 +78,10 @@ def check_no_weights(hub: Hub, work: Path):
         pull(work, ["alice/bare"])
     with pytest.raises(ValueError, match=r"'alice/pickle'.*there is only adapter_model.bin, a pickle"):
         pull(work, ["alice/pickle"])
-    with pytest.raises(ValueError, match=rf"'alice/damaged'.*{WEIGHTS} is damaged"):
-        pull(work, ["alice/damaged"])
-    with pytest.raises(ValueError, match=rf"'alice/damaged'.*{WEIGHTS} is damaged"):
-        AdapterLibrary.from_pretrained(["alice/damaged"])["damaged"].tensors.header()
+    header = AdapterLibrary.from_pretrained(["alice/damaged"])["damaged"].tensors.header
+    for read in (lambda: pull(work, ["alice/damaged"]), header):
+        with pytest.raises(ValueError, match=rf"'alice/damaged'.*{WEIGHTS} is damaged"):
+            read()
 
 
 # Every request that a pull makes, that a look at a header makes, and that a push makes.
@@ -116,7 +115,7 @@ def check_busy_while_reading(hub: Hub, work: Path):
         WAITS.clear()
         try:
             assert len(pull(work, "alice/lib")) == 3
-            assert max(WAITS, default=0) >= 7
+            assert max(WAITS, default=0) >= ASKED
         except (ValueError, AssertionError) as error:
             problems.append((status, method, pattern, str(error)[:200]))
         assert hub.faults_ordered()[-1]["hits"] == times, pattern
@@ -133,6 +132,8 @@ def check_busy_while_pushing(hub: Hub, work: Path):
     problems = []
     library = AdapterLibrary.from_pretrained(work / "library")
     for status, (method, pattern) in itertools.product((429, 503), PUSHES):
+        if (status, method) == (429, "PUT") and not RESUMES:
+            continue  # a RuntimeError, whatever the Hub answered
         number = next(CACHES)
         hub.fail(pattern, method, status=status, headers={"Retry-After": "7"})
         WAITS.clear()
@@ -142,7 +143,7 @@ def check_busy_while_pushing(hub: Hub, work: Path):
         small = AdapterLibrary({"sql": replace(small["sql"], tensors=factors)}, notes=small.notes)
         try:
             small.push_to_hub(f"alice/busy{number}", revision="v2")
-            assert max(WAITS, default=0) >= 7
+            assert max(WAITS, default=0) >= ASKED
             commits = API.list_repo_commits(f"alice/busy{number}", revision="v2")
             assert len(commits) == 2 and "experts/sql/" + WEIGHTS in hub.files(f"alice/busy{number}", "v2")
         except (HfHubHTTPError, ValueError, AssertionError) as error:
@@ -156,7 +157,7 @@ def check_busy_for_long(hub: Hub, work: Path):
     """It gives up at some time, and says what the Hub said."""
     for method, pattern in READS[:1] + READS[-1:]:
         hub.fail(pattern, method, status=503, times=None, message="closed for repairs")
-        with pytest.raises(ValueError, match=r"(?s)alice/lib"):
+        with pytest.raises(ValueError, match=r"(?s)'alice/lib.*503.*closed for repairs"):
             pull(work, "alice/lib")
         assert hub.faults_ordered()[-1]["hits"] < 40
         hub.clear_faults()
@@ -215,7 +216,7 @@ def check_connections_that_are_lost_for_long(hub: Hub, work: Path):
 
 
 def check_corrupt_weights(hub: Hub, work: Path):
-    """Damaged weights are noticed by their sum, and fetched once more; if they stay damaged, the error says so."""
+    """Damaged weights are noticed by their sum and fetched once more; if they stay damaged, the error says so."""
     hub.corrupt(f"*/sql/{WEIGHTS}", 3000, "GET")
     assert len(pull(work, "alice/lib")["sql"].tensors) == 8
     assert hub.faults_ordered()[-1]["hits"] == 1
@@ -224,16 +225,14 @@ def check_corrupt_weights(hub: Hub, work: Path):
     assert model.expert_names == ["plurals", "dates", "sql"]
     hub.clear_faults()
     cache = str(work / "bad")
-    fault = hub.corrupt(f"*/sql/{WEIGHTS}", 3000, "GET", times=None)
-    message = (
-        rf"'alice/lib/experts/sql': {WEIGHTS} has the sha256 [0-9a-f]{{64}}, and library.json says [0-9a-f]{{64}}"
-    )
+    hub.corrupt(f"*/sql/{WEIGHTS}", 3000, "GET", times=None)
+    message = rf"'alice/lib/experts/sql': {WEIGHTS} has the sha256 [0-9a-f]{{64}}, and library.json says"
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             AdapterLibrary.from_pretrained("alice/lib", cache_dir=cache).save_pretrained(work / "bad-out")
         with pytest.raises(ValueError, match=message):
             ArrowLoraModel.from_pretrained(pico_base(), "alice/lib", cache_dir=cache)
-    assert not (work / "bad-out").exists() and fault
+    assert not (work / "bad-out").exists()
     with pytest.raises(ValueError, match=message):
         AdapterLibrary.from_pretrained("alice/lib", cache_dir=cache, local_files_only=True)["sql"].tensors.path()
     hub.clear_faults()
@@ -244,7 +243,7 @@ def check_corrupt_weights(hub: Hub, work: Path):
 def check_corrupt_configs(hub: Hub, work: Path):
     """Damaged JSON too: once is mended, and what stays damaged does not stay in the way."""
     for path, at in (("library.json", 0), ("library.json", 40), ("sql/adapter_config.json", 0)):
-        cache = str(work / f"json{next(CACHES)}")
+        cache = str(work / path / str(at))
         hub.corrupt(f"*/{path}", at, "GET", times=None)
         with pytest.raises(ValueError, match=rf"'alice/lib.*{path.split('/')[-1]}"):
             AdapterLibrary.from_pretrained("alice/lib", cache_dir=cache)
@@ -253,12 +252,14 @@ def check_corrupt_configs(hub: Hub, work: Path):
 
 
 def check_late_answers(hub: Hub, work: Path):
-    """An answer that is late is asked for again."""
-    hub.delay("*/library.json", 1.6, "HEAD")
-    hub.delay(f"*/sql/{WEIGHTS}", 1.6, "GET")
+    """An answer that is late is asked for again; version 0 of the client does not."""
+    hub.delay("*/library.json", 1.4, "HEAD")
+    hub.delay(f"*/sql/{WEIGHTS}", 1.4, "GET")
+    for _ in () if RESUMES else range(2):
+        with pytest.raises(ValueError, match="(?s)alice/lib.*timed out"):
+            pull(work, "alice/lib")
     assert len(pull(work, "alice/lib")) == 3
     assert all(fault["hits"] == 1 for fault in hub.faults_ordered())
-    hub.clear_faults()
 
 
 def check_names(hub: Hub, work: Path):
@@ -267,21 +268,16 @@ def check_names(hub: Hub, work: Path):
     assert list(library) == ["one", "one-2", "sql", "plurals", "dates", "sql-2"]
     with pytest.raises(ValueError, match=r"adapters\['a'\]='alice/lib' is a library of 3 adapters"):
         AdapterLibrary.from_pretrained({"a": "alice/lib"})
-    text = hub_text("alice/lib", "library.json")
+    text = (work / "library/library.json").read_text()
     hub.create("alice/twice", {"library.json": re.sub(r'"name": "(dates|sql)"', '"name": "plurals"', text)})
     with pytest.raises(ValueError, match=r"'alice/twice'.*plurals"):
         AdapterLibrary.from_pretrained("alice/twice")
 
 
-def hub_text(repo_id: str, path: str) -> str:
-    """A file of a repository."""
-    return Path(API.hf_hub_download(repo_id, path)).read_text()
-
-
 def seed(hub: Hub, work: Path):
     """The repositories of the checks, and the library on the Hub that is the one in `work/library`."""
     files = make_adapter(work / "one", 5, "mit", r=2, target_modules=["v_proj"])
-    texts = {path: data.decode() for path, data in files.items() if path != WEIGHTS}
+    texts = {path: files[path].decode() for path in ("README.md", "adapter_config.json")}
     for name in ("one", "gated", "gone"):
         API.create_repo(f"alice/{name}")
         API.upload_folder(repo_id=f"alice/{name}", folder_path=work / "one")
@@ -294,10 +290,10 @@ def seed(hub: Hub, work: Path):
 
 def main(work: str, only: str = ""):
     """Run all checks."""
-    hub, folder = Hub(os.environ["HF_ENDPOINT"]), Path(work)
-    seed(hub, folder)
+    hub = Hub(os.environ["HF_ENDPOINT"])
+    seed(hub, Path(work))
     time.sleep = sleep_less
-    run_checks(globals(), hub, folder, only=only)
+    run_checks(globals(), hub, Path(work), only=only)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from peft_arrow import ArrowLoraModel
-from peft_arrow.library.library import AdapterLibrary
+from peft_arrow import AdapterLibrary, ArrowLoraModel
 from tests.library.hub_runs import logits_of, run_checks
 from tests.pico import pico_base
 

@@ -14,8 +14,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import LlamaForCausalLM
 
-from peft_arrow import AdapterRef, ArrowLoraModel
-from peft_arrow.library.library import AdapterLibrary
+from peft_arrow import AdapterLibrary, AdapterRef, ArrowLoraModel
 from peft_arrow.library.manifest import Manifest
 from tests.library.hub_runs import BASE, TOKENS, Hub, files_of, logits_of, make_adapter, run_checks
 from tests.pico import pico_base

@@ -12,9 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from peft_arrow import ArrowLoraModel
-from peft_arrow.library.library import AdapterLibrary
-from peft_arrow.modeling import bind_to_peft_model, push_to_hub
+from peft_arrow import AdapterLibrary, ArrowLoraModel, push_to_hub
 from tests.library.hub_runs import BASE, Hub, files_of, run_checks
 from tests.pico import pico_base
 
@@ -152,7 +150,6 @@ def check_refused(hub: Hub, library, work: Path):
 
 def check_routed(hub: Hub, library, work: Path):
     """A routed model with our card, by the function and by the method that PEFT's would replace the card in."""
-    bind_to_peft_model()
     model = routed_model(library)
     info = push_to_hub(model, "alice/routed", tags=["my-tag"])
     assert info.oid == head("alice/routed")

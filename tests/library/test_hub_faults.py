@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from peft_arrow import AdapterLibrary
 from peft_arrow.library import retrying
-from peft_arrow.library.library import AdapterLibrary
 from tests.hub_server import serve
 from tests.library.hub_runs import make_adapters, run_client
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_arrow import ArrowLoraModel
-from peft_arrow.library.library import AdapterLibrary
+from peft_arrow import AdapterLibrary, ArrowLoraModel
 from tests.hub_server import ROOT, serve
 from tests.library.hub_runs import BASE, SHAPES, add_base, finish, logits_of, make_adapters, run_client
 from tests.pico import pico_base
