@@ -97,7 +97,9 @@ def push_saved(folder: str | PathLike, repo_id: str, *, base_model: str | None =
         raise ValueError(f"folder {str(folder)!r} holds no {MANIFEST_NAME} and no {CONFIG_NAME}; save a model first.")
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, ArrowLoraConfig):
-        raise ValueError(f"folder {str(folder)!r} holds a {config.peft_type} adapter; make a library of it first.")
+        raise ValueError(
+            f"folder {str(folder)!r} holds a plain adapter, not a routed model; pull it into a library first."
+        )
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     with tempfile.TemporaryDirectory(prefix="peft-arrow-") as copy:
         for name in ROUTED_FILES:

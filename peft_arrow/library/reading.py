@@ -160,7 +160,11 @@ def _locate_folder(text: str, folder: Path) -> list[Location]:
         ]
     if (folder / PEFT_ARROW_ROUTER / CONFIG_NAME).is_file():
         return [Location(folder=folder / task, name=task) for task in _task_order(os.listdir(folder))]
-    raise ValueError(f"adapter {text!r}: the folder {str(folder)!r} holds no {CONFIG_NAME} and no {MANIFEST_NAME}.")
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+    hint = f" Its subfolders are adapters, which are listed one by one: {', '.join(inner[:3])} ..." if inner else ""
+    raise ValueError(
+        f"adapter {text!r}: the folder {str(folder)!r} holds no {CONFIG_NAME} and no {MANIFEST_NAME}.{hint}"
+    )
 
 
 def read_manifest(path: str, where: str) -> Manifest:

@@ -183,3 +183,11 @@ def test_notes_travel(library, tmp_path):
     assert (tmp_path / "third/pictures/map.png").read_bytes() == b"\x89PNG"
     smaller = again.without("sql")
     assert smaller.notes.description == "Three experts." and not smaller.notes.evaluation + smaller.notes.pictures
+
+
+def test_a_folder_of_adapters_is_not_guessed_at(adapter_folders):
+    parent = Path(adapter_folders["sql"]).parent
+    with pytest.raises(
+        ValueError, match=r"holds no adapter_config.json.*Its subfolders are adapters.*dates, plurals, sql"
+    ):
+        AdapterLibrary.from_pretrained(parent)
