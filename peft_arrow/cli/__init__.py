@@ -4,10 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import discover, inspect, pull, push, quickstart
+from . import cluster, discover, inspect, pull, push, quickstart
 
 
-COMMANDS = {"quickstart": quickstart, "discover": discover, "inspect": inspect, "pull": pull, "push": push}
+COMMANDS = {
+    "quickstart": quickstart,
+    "discover": discover,
+    "inspect": inspect,
+    "pull": pull,
+    "cluster": cluster,
+    "push": push,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -150,7 +150,7 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
         """One expert a cluster, from its members alone: the truncated SVD of the mean of their updates.
 
         Args:
-            rank (`int`, *optional*): of every expert; by default the largest member's.
+            rank (`int`, *optional*): of every expert; by default its largest member's.
             library (*optional*): the adapters again, where the estimator was unpickled.
 
         Returns:

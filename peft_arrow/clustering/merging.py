@@ -92,7 +92,7 @@ def merge_clusters(
     Args:
         library (`AdapterLibrary`): the members.
         clusters (`Mapping`): name of the new expert -> names of its members.
-        rank (`int`, *optional*): of every expert; default the largest member's.
+        rank (`int`, *optional*): of every expert; default its largest member's.
         made (`Mapping`): what the notes tell beside the clusters.
 
     Raises:

@@ -27,7 +27,9 @@ from .selection import ModuleChoice
 COMPONENTS = 64
 
 
-def paper_similarity(adapters: Mapping[str, Adapter], sparsity: float, seed: int | None, choice: ModuleChoice):
+def paper_similarity(
+    adapters: Mapping[str, Adapter], sparsity: float, seed: int | None, choice: ModuleChoice
+) -> np.ndarray:
     """Steps 1 to 4 and the cosine matrix for adapters of equal shapes, (N, N) float32.
 
     Args:
