@@ -92,18 +92,28 @@ def map_figure(names: Sequence[str], labels: np.ndarray, similarity: np.ndarray,
     rows = similarity.astype(float).copy()
     np.fill_diagonal(rows, 0)
     places = PCA(2, random_state=0).fit_transform(rows) if len(names) > 2 else np.eye(2)[: len(names)]
-    figure = _new_figure(9, 7)
-    axes = figure.subplots()
+    figure = _new_figure(10, max(6.5, 1.2 + 0.15 * min(len(names), MOST_NAMES)))
+    axes, margin = figure.subplots(1, 2, width_ratios=(4, 1))
     for label in np.unique(labels):
         members = labels == label
-        marker = MARKERS[label % len(MARKERS)]
-        axes.scatter(*places[members].T, color=_colour(label), marker=marker, s=45, label=f"cluster_{label}")
+        axes.scatter(*places[members].T, color=_colour(label), marker=MARKERS[label % len(MARKERS)], s=45)
+    order = sorted(range(len(names)), key=lambda row: (labels[row], names[row]))
     if len(names) <= MOST_NAMES:
-        _write_names(axes, places, names, labels)
-    columns = 1 + (len(np.unique(labels)) - 1) // 25
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, ncols=columns)
-    axes.set(title=title, xlabel="first principal component of the similarities", ylabel="second", xmargin=0.12)
+        lines = [(f"{number}  {names[row]}", labels[row]) for number, row in enumerate(order, start=1)]
+        for number, row in enumerate(order, start=1):
+            axes.annotate(str(number), places[row], (4, 3), textcoords="offset points", fontsize=7)
+    else:
+        lines = [(f"{MARKERS[label % len(MARKERS)]}  cluster_{label}", label) for label in np.unique(labels)]
+    _list_beside(margin, lines)
+    axes.set(title=title, xlabel="first principal component of the similarities", ylabel="second", xmargin=0.08)
     return figure
+
+
+def _list_beside(axes: Any, lines: Sequence[tuple[str, int]]) -> None:
+    axes.axis("off")
+    step = min(1 / len(lines), 0.04)
+    for place, (text, label) in enumerate(lines):
+        axes.text(0, 1 - step * (place + 0.5), text, color=_colour(label), fontsize=8, va="center")
 
 
 def dendrogram_figure(names: Sequence[str], labels: np.ndarray, similarity: np.ndarray, title: str) -> Any:
@@ -118,6 +128,7 @@ def dendrogram_figure(names: Sequence[str], labels: np.ndarray, similarity: np.n
     axes = figure.subplots()
     for across, along, colour in zip(drawn["icoord"], drawn["dcoord"], drawn["color_list"], strict=True):
         axes.plot(along, across, color=colour, linewidth=1.2)
+    axes.yaxis.tick_right()
     places = [10 * place + 5 for place in range(len(names))]
     if len(names) <= MOST_NAMES:
         axes.set_yticks(places, [names[row] for row in drawn["leaves"]], fontsize=7)
@@ -128,32 +139,12 @@ def dendrogram_figure(names: Sequence[str], labels: np.ndarray, similarity: np.n
     least = max(0.0, 0.98 * float(tree[:, 2].min()) - 0.01)
     axes.set(title=title, xlabel="1 - cosine, mean over the pairs of two branches", ylim=(0, 10 * len(names)))
     axes.set_xlim(max(1.01 * float(tree[:, 2].max()), least + 1e-3), least)
-    axes.yaxis.tick_right()
     axes.spines[["left", "top", "right"]].set_visible(False)
     return figure
 
 
 def _tree_order(similarity: np.ndarray) -> list[int]:
     return leaves_list(average_tree(similarity)).tolist() if len(similarity) > 1 else [0]
-
-
-def _write_names(axes: Any, places: np.ndarray, names: Sequence[str], labels: np.ndarray) -> None:
-    """Each name right of its point, moved down where it would lie on another."""
-    span = np.maximum(np.ptp(places, axis=0), 1e-9)
-    taken: list[tuple[float, float]] = []
-    for row in np.argsort(-places[:, 1]):
-        across, down = places[row] / span
-        while any(abs(across - x) < 0.16 and abs(down - y) < 0.022 for x, y in taken):
-            down -= 0.011
-        taken.append((across, down))
-        axes.annotate(
-            names[row],
-            places[row],
-            xytext=(across * span[0] + 0.012 * span[0], down * span[1]),
-            fontsize=7,
-            va="center",
-            color=_colour(labels[row]),
-        )
 
 
 def _colour(label: int) -> str:
