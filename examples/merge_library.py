@@ -1,4 +1,4 @@
-"""A smaller library from adapters alone: pull them, cluster them by their weights, merge each cluster, save the result.
+"""A smaller library from adapters alone: pull them, cluster them by their weights, merge each cluster, save it.
 
     python examples/merge_library.py alice/lora-sql bob/lora-dates ./my-loras/a ./my-loras/b --clusters 2
     python examples/merge_library.py me/my-library --clusters auto --push me/my-smaller-library
@@ -20,17 +20,20 @@ from peft_arrow import Adapter, AdapterLibrary, MBCClusterer
 
 
 def pico_library() -> AdapterLibrary:
-    """Three families of four adapters of one module, of ranks 2 to 8."""
+    """Three families of four adapters of four modules, of ranks 2 to 8."""
     generator = torch.Generator().manual_seed(0)
     adapters = []
     for family in ("dates", "plurals", "sql"):
-        wanted = torch.randn(48, 4, generator=generator) @ torch.randn(4, 32, generator=generator)
+        wanted = [torch.randn(48, 4, generator=generator) @ torch.randn(4, 32, generator=generator) for _ in range(4)]
         for version, rank in enumerate((2, 4, 4, 8)):
-            lora_A = torch.randn(rank, 32, generator=generator)
-            tensors = {"lora_A": lora_A, "lora_B": wanted @ lora_A.T}
+            tensors = {}
+            for layer, update in enumerate(wanted):
+                lora_A = torch.randn(rank, 32, generator=generator)
+                lora_B = (update + torch.randn(48, 32, generator=generator)) @ lora_A.T
+                tensors[f"base_model.model.layers.{layer}.q_proj.lora_A.weight"] = lora_A
+                tensors[f"base_model.model.layers.{layer}.q_proj.lora_B.weight"] = lora_B
             config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "base_model_name_or_path": "me/pico"}
-            named = {f"base_model.model.layers.0.q_proj.{half}.weight": tensor for half, tensor in tensors.items()}
-            adapters.append(Adapter(f"{family}-{version}", {**config, "target_modules": ["q_proj"]}, named))
+            adapters.append(Adapter(f"{family}-{version}", {**config, "target_modules": ["q_proj"]}, tensors))
     return AdapterLibrary(adapters)
 
 

@@ -5,8 +5,8 @@
     python examples/benchmarks/clustering.py --smoke               # a few adapters of width 64
 
 The adapters are of 32 layers, q, k, v and o, d = 4096 and rank 8, in bf16: 16.8 MB each, 16.8 GB for 1,000, which are
-written to a temporary folder (TMPDIR) and read from there. They are made from a seed, in ten families. Each measurement
-runs in a new process:
+written to a temporary folder (TMPDIR) and read from there. They are made from a seed, in ten families. Each
+measurement runs in a new process:
 
     delta, exact      MBCClusterer(10, pairs="exact").fit(library)
     delta, sketch     MBCClusterer(10, pairs="sketch").fit(library)

@@ -103,7 +103,7 @@ def map_figure(names: Sequence[str], labels: np.ndarray, similarity: np.ndarray,
         for number, row in enumerate(order, start=1):
             axes.annotate(str(number), places[row], (4, 3), textcoords="offset points", fontsize=7)
     else:
-        lines = [(f"{MARKERS[label % len(MARKERS)]}  cluster_{label}", label) for label in np.unique(labels)]
+        lines = [(f"cluster_{label}", label) for label in np.unique(labels)]
     _list_beside(margin, lines)
     axes.set(title=title, xlabel="first principal component of the similarities", ylabel="second", xmargin=0.08)
     return figure
