@@ -14,7 +14,7 @@ measurement runs in a new process:
     flatten           the paper's recipe as it is published: one matrix of all adapters and parameters, in float32
 
 Peaks are resident memory above what it was before the fit, and include pages of files that are mapped. Flattening is
-measured where its matrix, twice, fits in the memory of the machine.
+measured where the matrix, a copy, and what the truncated SVD works with fit in the free memory of the machine.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def measure(method: str, folders: list[str]) -> dict[str, float]:
 def fits(method: str, count: int, parameters: int) -> bool:
     """Whether flattening so many adapters, with the copy that the SVD makes, fits in what memory is free."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return method != FLATTEN or 2 * 4 * count * parameters < 0.9 * free
+    numbers = 2 * count + 3 * 74  # the matrix and a copy; the 64 + 10 directions of the SVD, three times
+    return method != FLATTEN or 4 * numbers * parameters < 0.9 * free
 
 
 def run(args: argparse.Namespace, root: Path) -> list[dict]:
