@@ -4,8 +4,8 @@
     python examples/benchmarks/planted_truth.py --output truth --plots    # also a picture of each clustering
     python examples/benchmarks/planted_truth.py --smoke                   # a pico base, three tasks, two steps
 
-Every task of the quickstart is trained in three versions of SmolLM2-135M adapters, of mixed or equal ranks and alphas,
-with one initialisation of A for all adapters of a seed ("shared") or one for each adapter ("own"). Then the versions are
+Every task of the quickstart is trained in three versions of SmolLM2-135M adapters, of mixed or equal ranks,
+with one initialisation of A for all of a seed ("shared") or one for each adapter ("own"). Then the versions are
 clustered into as many clusters as there are tasks, and into as many as there are families of tasks, and compared with
 the truth by the adjusted Rand index. The paper's recipe needs equal shapes, so it is judged where the ranks are equal,
 beside `delta`. A folder of --output holds each adapter; what is complete is not trained again.
