@@ -28,7 +28,7 @@ ROOMS = {
     "library.adapter": [],
     "tuner": ["ops", "routers", "library.adapter"],
     "library": ["library.adapter"],
-    "clustering": ["library"],
+    "clustering": ["library", "library.adapter", "training"],
     "training": ["library"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
@@ -42,7 +42,8 @@ PACKAGES = {
     "routers": ["torch"],
     "library.adapter": ["huggingface_hub", "peft", "safetensors", "torch", "tqdm", "transformers", "yaml"],
 }
-# What turns a reference into an `Adapter` of tensors: the one part of the library that the tuner may know.
+# What turns a reference into an `Adapter` of tensors, and what low-rank factors are: all of the library that the tuner
+# may know.
 ADAPTER_FILES = tuple(
     f"library.{name}"
     for name in (
@@ -52,6 +53,7 @@ ADAPTER_FILES = tuple(
         "files",
         "lora",
         "lora_config",
+        "low_rank",
         "manifest",
         "names",
         "patterns",

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import discover, inspect, pull, push, quickstart
+from . import cluster, discover, inspect, pull, push, quickstart
 
 
-COMMANDS = {"quickstart": quickstart, "discover": discover, "inspect": inspect, "pull": pull, "push": push}
+COMMANDS = {
+    "quickstart": quickstart,
+    "discover": discover,
+    "inspect": inspect,
+    "pull": pull,
+    "cluster": cluster,
+    "push": push,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,8 +7,9 @@ written, for any ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from .lora_config import BASE_CHANGING_INITS
 
 KEPT_BYTES = 2 * 2**30
 BLOCK_RANKS = 512
+# Of one module's factors; where all adapters' fit, each is read once and not once a block.
+MODULE_BYTES = 2**30
 # Between what rounding to 8 bits leaves and what another run on the same data reaches; measured in docs/vetting.md.
 SAME_COSINE = 0.99
 
@@ -79,15 +82,22 @@ def weight_bytes(adapter: Adapter) -> int:
     return sum(half.nelement() * half.element_size() for factor in factors for half in (factor.lora_A, factor.lora_B))
 
 
-def delta_products(adapters: Iterable[Adapter], *, dtype: torch.dtype = torch.float64) -> np.ndarray:
+def delta_products(
+    adapters: Iterable[Adapter],
+    *,
+    dtype: torch.dtype = torch.float64,
+    module_weight: Callable[[str], float] | None = None,
+) -> np.ndarray:
     """All inner products <dW_i, dW_j>; a module that one of the two lacks, or has in another shape, adds nothing.
 
-    Beside files of 2 GiB together, which are kept, memory holds two blocks of 512 ranks of one module at a time, each
-    of 512 * (I + O) numbers, and 512 x 512 products.
+    Beside files of 2 GiB together, which are kept, memory holds the factors of one module at a time: all adapters'
+    where they take at most 1 GiB, else two blocks of 512 ranks; and 512 x 512 products.
 
     Args:
         adapters: plain LoRA adapters.
         dtype (`torch.dtype`): of the multiplications; float32 is twice as fast and good to about 1e-6.
+        module_weight (`Callable`, *optional*):
+            Module name -> what its inner product is multiplied by, 0 or more; modules with 0 are not read.
 
     Returns:
         `np.ndarray`: (N, N) float64, symmetric.
@@ -104,25 +114,36 @@ def delta_products(adapters: Iterable[Adapter], *, dtype: torch.dtype = torch.fl
             places.setdefault((module, factor.lora_A.shape[1], factor.lora_B.shape[0]), []).append(position)
     products = np.zeros((len(readers), len(readers)))
     for (module, _, _), members in places.items():
-        _add_module(products, readers, module, members, dtype)
+        weight = 1.0 if module_weight is None else module_weight(module)
+        if weight:
+            _add_module(products, readers, module, members, dtype, weight)
     return products + np.triu(products, 1).T
 
 
 def _add_module(
-    products: np.ndarray, readers: Sequence[FactorReader], module: str, members: list[int], dtype: torch.dtype
+    products: np.ndarray,
+    readers: Sequence[FactorReader],
+    module: str,
+    members: list[int],
+    dtype: torch.dtype,
+    weight: float,
 ) -> None:
-    """Add one module's products to the upper triangle."""
-    blocks = _blocks(members, [readers[member].outline.factors[module].lora_A.shape[0] for member in members])
-    for number, rows in enumerate(blocks):
-        row_A, row_B, row_starts, row_scales = _stack(readers, module, rows, dtype)
-        for columns in blocks[number:]:
-            same = columns is rows
-            stacked = (row_A, row_B, row_starts, row_scales) if same else _stack(readers, module, columns, dtype)
-            column_A, column_B, column_starts, column_scales = stacked
+    """Add one module's products, times its weight, to the upper triangle."""
+    outlines = [readers[member].outline.factors[module] for member in members]
+    ranks = [outline.lora_A.shape[0] for outline in outlines]
+    blocks = _blocks(members, ranks)
+    size = sum(ranks) * (outlines[0].lora_A.shape[1] + outlines[0].lora_B.shape[0]) * dtype.itemsize
+    stack = lru_cache(len(blocks) if size <= MODULE_BYTES else 2)(
+        lambda number: _stack(readers, module, blocks[number], dtype)
+    )
+    for first, rows in enumerate(blocks):
+        for second in range(first, len(blocks)):
+            row_A, row_B, row_starts, row_scales = stack(first)
+            column_A, column_B, column_starts, column_scales = stack(second)
             entries = ((row_A @ column_A.T) * (row_B.T @ column_B)).numpy().astype(np.float64, copy=False)
             sums = np.add.reduceat(np.add.reduceat(entries, row_starts, axis=0), column_starts, axis=1)
-            sums *= np.outer(row_scales, column_scales)
-            products[np.ix_(rows, columns)] += np.triu(sums) if same else sums
+            sums *= weight * np.outer(row_scales, column_scales)
+            products[np.ix_(rows, blocks[second])] += np.triu(sums) if second == first else sums
 
 
 def _blocks(members: list[int], ranks: list[int]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from ..library.lora import KEY_PREFIX
+from ..library.low_rank import truncated
 from ..library.serving import served_rank
 from .heads import saved_modules
 
@@ -94,29 +95,6 @@ def _concatenated(layer, adapter_name: str, weights: list[float]) -> tuple[torch
         for B, position, scaling in zip(lora_B, experts.positions, experts.scalings, strict=True)
     ]
     return torch.cat([A.float() for A in lora_A]).cpu(), torch.cat(scaled, dim=1).cpu()
-
-
-def truncated(
-    lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """Best factors of that rank of B @ A, by an SVD of the core between two QRs (Eckart-Young).
-
-    Args:
-        lora_A (`torch.Tensor`): (R, I).
-        lora_B (`torch.Tensor`): (O, R).
-        rank (`int`): rank to keep, capped by the sizes.
-
-    Returns:
-        A (rank, I), B (O, rank), the kept and the lost sum of squared singular values.
-    """
-    Q_A, R_A = torch.linalg.qr(lora_A.T)
-    Q_B, R_B = torch.linalg.qr(lora_B)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    rank = min(rank, S.shape[0])
-    root = S[:rank].sqrt()
-    squares = S.double().square()
-    A, B = root[:, None] * (Vh[:rank] @ Q_A.T), (Q_B @ U[:, :rank]) * root
-    return A, B, float(squares[:rank].sum()), float(squares[rank:].sum())
 
 
 def _head_tensors(tuner, adapter_name: str) -> dict[str, torch.Tensor]:

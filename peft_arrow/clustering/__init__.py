@@ -1,0 +1,1 @@
+"""Adapters -> how alike their updates are -> clusters -> fewer experts."""
