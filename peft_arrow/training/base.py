@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from os import PathLike
@@ -76,6 +77,18 @@ def _load(auto_class: type, name: str, options: Mapping[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
+def without_renaming_notices() -> Iterator[None]:
+    """transformers 5.23 renames gradient checkpointing; peft and trl use the old names, and no user can help it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+        yield
+
+
+def _is_checkpointing(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextlib.contextmanager
 def lent(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model for one training; afterwards everything that a trainer sets on a base is as it was.
 
@@ -87,16 +100,18 @@ def lent(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     configs = [config for config in (model.config, model.generation_config) if config is not None]
     values = [copy.deepcopy(config.__dict__) for config in configs]
     own_forward, tags = model.__dict__.get("forward"), copy.copy(model.model_tags)
-    checkpointed = getattr(model, "is_gradient_checkpointing", False)
+    checkpointed = _is_checkpointing(model)
     hooked = hasattr(model, "_require_grads_hook")
     try:
-        yield model
+        with without_renaming_notices():
+            yield model
     finally:
         model.__dict__.pop("forward", None)
         if own_forward is not None:
             model.forward = own_forward
-        if not checkpointed and getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
+        if not checkpointed and _is_checkpointing(model):
+            with without_renaming_notices():
+                model.gradient_checkpointing_disable()
         if not hooked and hasattr(model, "_require_grads_hook"):
             model.disable_input_require_grads()
         for config, before in zip(configs, values, strict=True):

@@ -136,7 +136,8 @@ def _load(name: str, source: DatasetLike) -> Dataset:
         return _read(name, source)
     if not isinstance(source, Iterable):
         raise ValueError(
-            f"dataset {name!r} is a {type(source).__name__}; allowed are a Dataset, a Hub id, a path and a list of rows."
+            f"dataset {name!r} is a {type(source).__name__}; allowed are a Dataset, a Hub id, a path and a list of "
+            "rows."
         )
     rows = list(source)
     if not all(isinstance(row, Mapping) for row in rows):

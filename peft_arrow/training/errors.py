@@ -23,11 +23,10 @@ class TrainingFailed(RuntimeError):
     def __init__(self, failures: Mapping[str, str], library: AdapterLibrary | None, where: str) -> None:
         self.failures = dict(failures)
         self.library = library
-        finished = len(library) if library is not None else 0
+        finished = f"{len(library)} are in {where}" if library is not None else "none is finished"
         told = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
         super().__init__(
-            f"{len(self.failures)} of {finished + len(self.failures)} experts failed, and {finished} are finished in "
-            f"{where}; run the same again to train only what is missing. {told}"
+            f"{len(self.failures)} experts failed and {finished}; run the same again to train what is missing. {told}"
         )
 
 

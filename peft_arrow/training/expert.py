@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
@@ -21,7 +21,7 @@ from .base import Base, kept_random_state, lent
 from .data import DatasetLike, Examples, check_lengths, read_examples
 from .fitting import checkpoints_of, fit, prepare_checkpoints
 from .processes import Processes
-from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling, with_targets, without_renaming_notices
+from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling, with_targets
 from .record import TrainingRecord, check_unchanged
 
 
@@ -44,13 +44,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One expert to be trained: its rows, its folder, and both configs filled in."""
+    """One expert to be trained: its rows, its folder, both configs filled in, and more arguments for `fit`."""
 
     examples: Examples
     folder: Path
     arguments: SFTConfig
-    lora: LoraConfig
+    lora: PeftConfig
     identity: dict[str, Any]
+    more: Callable[[PeftModel], dict[str, Any]] = lambda model: {}
 
     @property
     def name(self) -> str:
@@ -93,7 +94,7 @@ def train_job(
         NotFinite: the loss or the gradient is NaN or infinite.
     """
     started = time.monotonic()
-    with without_renaming_notices(), kept_random_state(), lent(base.model) as model, processes.alone():
+    with kept_random_state(), lent(base.model) as model, processes.alone():
         set_seed(plan.init_seed)
         peft_model = get_peft_model(model, with_targets(job.lora, model))
         if processes.is_alone_or_main:
@@ -101,7 +102,13 @@ def train_job(
         arguments = processes.localised(job.arguments)
         try:
             outcome = fit(
-                peft_model, base.tokenizer, job.examples.dataset, arguments, on_step=on_step, whole=processes.together
+                peft_model,
+                base.tokenizer,
+                job.examples.dataset,
+                arguments,
+                on_step=on_step,
+                whole=processes.together,
+                **job.more(peft_model),
             )
             record = TrainingRecord(
                 name=job.name,
@@ -157,7 +164,7 @@ def train_adapter(
         dataset: a `Dataset`, a Hub id, a file or folder, or a list of rows; see `read_examples` for the columns.
         output_dir (`str` or `PathLike`): the adapter's folder; it appears when the adapter is complete.
         name (`str`, *optional*): of the task; by default that of the folder.
-        sft_config (`SFTConfig` or `Mapping`, *optional*): a mapping changes fields of the recipe, a config replaces it.
+        sft_config (`SFTConfig` or `Mapping`, *optional*): a mapping changes fields of the recipe, a config all.
         lora_config (`LoraConfig` or `Mapping`, *optional*): in the same way.
         steps (`int`, *optional*): optimizer steps, in the place of epochs.
         init_seed (`int`): of A; the same for adapters that are to share it. The global random states are kept.

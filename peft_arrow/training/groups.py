@@ -111,7 +111,7 @@ def train_stage(
     shown = progress and processes.is_main
     with tqdm(mine, desc=f"{name} experts{skipped}", unit="expert", disable=not shown) as bar:
         for expert in bar:
-            reason = _train_one(base, jobs[expert], plan, processes, progress)
+            reason = try_job(base, jobs[expert], plan, processes, progress)
             if reason is not None:
                 failures.append((expert, reason))
     failed = dict(processes.gather(failures))
@@ -119,8 +119,8 @@ def train_stage(
     return Stage(name, folder, records, {expert: failed[expert] for expert in jobs if expert in failed})
 
 
-def _train_one(base: Base, job: Job, plan: Plan, processes: Processes, progress: bool) -> str | None:
-    """Train one expert; returns why it failed, or None."""
+def try_job(base: Base, job: Job, plan: Plan, processes: Processes, progress: bool) -> str | None:
+    """Train one expert and tell in one line what came of it; returns why it failed, or None."""
     with tqdm(desc=job.name, unit="step", leave=False, disable=not (progress and processes.is_main)) as bar:
         try:
             record = train_job(base, job, plan, processes, moved(bar))
@@ -158,22 +158,31 @@ def check_named(base: Base) -> None:
 
 
 def finish(
-    stage: Stage, base: Base, target: Path, processes: Processes, made: Mapping[str, Any], description: str
+    stage: Stage,
+    base: Base,
+    target: Path,
+    processes: Processes,
+    made: Mapping[str, Any],
+    description: str,
+    failures: Mapping[str, str] | None = None,
 ) -> AdapterLibrary:
     """Save a stage's experts as a library with its card.
 
     Raises:
-        TrainingFailed: some experts failed; what is finished is on the exception, and no library is written.
+        TrainingFailed: some experts failed, of this stage or of `failures`; the others are saved, and the card names
+            what is missing.
     """
+    failed = {**(failures or {}), **stage.failures}
     library = stage.library(base.name)
     if library is not None:
-        library = library.describe(description, made=made)
-    if stage.failures:
-        raise TrainingFailed(stage.failures, library, str(stage.folder))
-    if processes.is_main:
-        library.save_pretrained(target)
-    processes.gather([])
-    return AdapterLibrary.from_pretrained(target)
+        told = {**made, **({"failed": failed} if failed else {})}
+        if processes.is_main:
+            library.describe(description, made=told).save_pretrained(target)
+        processes.gather([])
+        library = AdapterLibrary.from_pretrained(target)
+    if failed:
+        raise TrainingFailed(failed, library, str(target))
+    return library
 
 
 def read_groups(

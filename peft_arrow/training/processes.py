@@ -25,8 +25,8 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 class Processes:
     """The processes of this launch; one where there was no launch.
 
-    `together`: the launch shards the base (FSDP, DeepSpeed), so all processes train each expert together. Otherwise the
-    experts are divided and every process trains its own alone, whatever their number, with the same result.
+    `together`: the launch shards the base (FSDP, DeepSpeed), so all processes train each expert together. Otherwise
+    the experts are divided and every process trains its own alone, whatever their number, with the same result.
     """
 
     def __init__(self) -> None:

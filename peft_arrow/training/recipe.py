@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig
+
+from .base import without_renaming_notices
 
 
 INIT_SEED = 42
@@ -50,20 +50,12 @@ FORCED = {
 }
 # The fields of SFTConfig that change what is learnt; those of files, logs and devices do not.
 TELLING = (
-    "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim "
-    "optim_args seed data_seed bf16 fp16 max_length packing packing_strategy completion_only_loss assistant_only_loss "
-    "loss_type dataset_text_field label_smoothing_factor neftune_noise_alpha eos_token pad_token chat_template_path "
-    "shuffle_dataset group_by_length"
+    "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm optim optim_args seed data_seed bf16 fp16 max_length packing packing_strategy "
+    "completion_only_loss assistant_only_loss loss_type dataset_text_field label_smoothing_factor "
+    "neftune_noise_alpha eos_token pad_token chat_template_path shuffle_dataset group_by_length"
 ).split()
-
-
-@contextlib.contextmanager
-def without_renaming_notices() -> Iterator[None]:
-    """transformers 5.23 renames gradient checkpointing; peft and trl still use the old names, and no user can help it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-        yield
 
 
 def sft_arguments(
@@ -127,7 +119,8 @@ def with_targets(config: Any, base: nn.Module) -> Any:
 def attention_modules(base: nn.Module) -> list[str]:
     """The shortest name ends of the linear modules inside attention blocks, sorted; empty where there are none.
 
-    q, k, v and output projections of Llama, Mistral and Qwen, `Wqkv` and `out_proj` of older Phi, `attn.c_proj` of GPT-2.
+    q, k, v and output projections of Llama, Mistral and Qwen, `Wqkv` and `out_proj` of older Phi, `attn.c_proj` of
+    GPT-2.
     """
     linear = [name.split(".") for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     inside = [parts for parts in linear if any("attn" in part or "attention" in part for part in parts[:-1])]

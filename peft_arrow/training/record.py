@@ -24,7 +24,7 @@ class TrainingRecord:
     Args:
         name (`str`): the expert.
         tasks (`list[str]`): the tasks whose rows it saw.
-        identity (`dict`): everything that decides the result: base, data fingerprint, seeds, fields of the two configs.
+        identity (`dict`): all that decides the result: base, data fingerprint, seeds, fields of both configs.
         steps (`int`): optimizer steps.
         tokens (`int`): tokens that went through the model, padding left out, repetitions counted.
         rows (`int`): rows of the data.
