@@ -97,10 +97,10 @@ def train_job(
     with kept_random_state(), lent(base.model) as model, processes.alone():
         set_seed(plan.init_seed)
         peft_model = get_peft_model(model, with_targets(job.lora, model))
-        if processes.is_alone_or_main:
-            prepare_checkpoints(Path(job.arguments.output_dir), job.identity)
-        arguments = processes.localised(job.arguments)
         try:
+            if processes.is_alone_or_main:
+                prepare_checkpoints(Path(job.arguments.output_dir), job.identity)
+            arguments = processes.localised(job.arguments)
             outcome = fit(
                 peft_model,
                 base.tokenizer,

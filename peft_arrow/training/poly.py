@@ -153,7 +153,7 @@ def lora_of_task(tensors: Mapping[str, torch.Tensor], config: PolyConfig, task: 
     """The plain LoRA that a Poly model is for one task, exactly, in eval mode.
 
     In eval mode a task's weights over the skills are constants, w = sigmoid(z) / sum sigmoid(z) for each split, so
-    the layer is one low-rank product with A* = sum w_i A_i and B* = sum w_i B_i; its scale is 1 / r, which is that of a
+    the layer is one low-rank product with A* = sum w_i A_i and B* = sum w_i B_i; its scale 1 / r is that of a
     LoRA with alpha 1.
 
     Args:

@@ -32,7 +32,8 @@ class Processes:
     def __init__(self) -> None:
         in_launch = int(os.environ.get("WORLD_SIZE", 1)) > 1
         options = {"timeout": PATIENCE} if in_launch and not torch.distributed.is_initialized() else {}
-        self.state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
+        on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        self.state = PartialState(cpu=on_cpu, **options)
         self.count = self.state.num_processes
         self.together = any(parse_flag_from_env(name) for name in SHARDED)
 
