@@ -20,7 +20,11 @@ _LAZY = {
     "Router": "routers",
     "Routing": "routers",
     "RoutingTrace": "tuner.trace",
+    "TrainingFailed": "training",
     "push_to_hub": "modeling",
+    "train_adapter": "training",
+    "train_groups": "training",
+    "train_library": "building",
     "vet_adapter": "library.vetting",
     "vet_adapters": "library.vetting",
 }

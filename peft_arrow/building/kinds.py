@@ -2,77 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 
-from ..training.base import Base
-from ..training.data import Examples, joined
-from ..training.expert import Plan
-from ..training.groups import Stage, train_stage
-from ..training.poly import convert_poly, train_poly
-from ..training.processes import Processes
+from ..training.data import joined
+from ..training.poly import train_poly
+from ..training.poly_lora import convert_poly
 from ..training.recipe import sft_arguments
+from ..training.stage import Stage
 from .budget import divided, private_share, steps_of_groups
+from .build import Build, Built
 from .partition import by_state, cluster_names, mean_state, random_examples, random_tasks
-
-
-@dataclass(frozen=True)
-class Build:
-    """What every kind is built from.
-
-    Args:
-        base (`Base`): the base model.
-        parts (`Mapping[str, Examples]`): the tasks.
-        steps (`Mapping[str, int]`): the steps that each task brings into the budget.
-        folder (`Path`): where the stages lie.
-        plan (`Plan`): how every expert is trained.
-        processes (`Processes`): of this launch.
-        n_clusters (`int` or `"auto"`): clusters.
-        seed (`int`): of partitions and clustering.
-        embedding (`str`): of MBC.
-        n_skills, n_splits (`int`): of Poly and MHR.
-        progress (`bool`): show bars and lines.
-    """
-
-    base: Base = field(repr=False)
-    parts: Mapping[str, Examples] = field(repr=False)
-    steps: Mapping[str, int]
-    folder: Path
-    plan: Plan
-    processes: Processes = field(repr=False)
-    n_clusters: int | str
-    seed: int
-    embedding: str
-    n_skills: int
-    n_splits: int
-    progress: bool
-
-    def train(self, name: str, parts: Mapping[str, Examples], steps: Mapping[str, int]) -> Stage:
-        """Train a stage's experts in a folder of its name."""
-        return train_stage(
-            name,
-            self.base,
-            parts,
-            self.folder / name,
-            self.plan,
-            self.processes,
-            steps=steps,
-            progress=self.progress,
-        )
-
-    def train_groups(self, groups: Mapping[str, list[str]], steps: Mapping[str, int]) -> Stage:
-        """Train one expert for each group of tasks."""
-        joint = {group: joined(group, [self.parts[task] for task in tasks]) for group, tasks in groups.items()}
-        return self.train("clusters", joint, steps_of_groups(groups, steps))
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a kind gives: its stages, the last of which holds the library's experts, and the tasks of each expert."""
-
-    stages: list[Stage]
-    groups: dict[str, list[str]]
 
 
 def build_private(build: Build) -> Built:
@@ -92,9 +31,9 @@ def build_mbc(build: Build) -> Built:
     first = {task: private_share(steps) for task, steps in build.steps.items()}
     private = build.train("private", build.parts, first)
     groups = None
-    if build.processes.is_main and private.records:
+    if build.setup.processes.is_main and private.records:
         groups = cluster(private, build)
-    groups = build.processes.from_main(groups)
+    groups = build.setup.processes.from_main(groups)
     if groups is None:
         return Built([private], {})
     rest = {task: build.steps[task] - first[task] for task in private.records}
@@ -109,8 +48,8 @@ def cluster(private: Stage, build: Build) -> dict[str, list[str]]:
     """
     from ..clustering import MBCClusterer
 
-    clusterer = MBCClusterer(build.n_clusters, embedding=build.embedding, random_state=build.seed)
-    clusterer.fit(private.library(build.base.name))
+    clusterer = MBCClusterer(build.n_clusters, embedding=build.options.embedding, random_state=build.seed)
+    clusterer.fit(private.library(build.setup.base.name))
     return {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
 
 
@@ -129,14 +68,14 @@ def build_random_examples(build: Build) -> Built:
 
 def build_embedding(build: Build) -> Built:
     """Tasks grouped by k-means on the base's mean hidden state of their rows."""
-    limit = sft_arguments(build.plan.sft_config, build.folder).max_length
+    limit = sft_arguments(build.setup.plan.sft_config, build.folder).max_length
     mine = [
-        (task, mean_state(build.base.model, build.base.tokenizer, build.parts[task], limit, build.seed))
-        for task in build.processes.mine(list(build.parts))
+        (task, mean_state(build.setup.base.model, build.setup.base.tokenizer, build.parts[task], limit, build.seed))
+        for task in build.setup.processes.mine(list(build.parts))
     ]
-    states = dict(build.processes.gather(mine))
+    states = dict(build.setup.processes.gather(mine))
     groups = by_state({task: states[task] for task in build.parts}, build.n_clusters, build.seed)
-    groups = build.processes.from_main(groups)
+    groups = build.setup.processes.from_main(groups)
     return Built([build.train_groups(groups, build.steps)], groups)
 
 
@@ -147,26 +86,26 @@ def build_poly(build: Build) -> Built:
 
 def build_mhr(build: Build) -> Built:
     """Poly with weights of their own for each part of a layer's features (MHR)."""
-    return _poly(build, n_splits=build.n_splits)
+    return _poly(build, n_splits=build.options.n_splits)
 
 
 def _poly(build: Build, n_splits: int) -> Built:
     model = train_poly(
-        build.base,
+        build.setup.base,
         build.parts,
         build.folder,
-        build.plan,
-        build.processes,
+        build.setup.plan,
+        build.setup.processes,
         steps=sum(build.steps.values()),
-        n_skills=build.n_skills,
+        n_skills=build.options.n_skills,
         n_splits=n_splits,
-        progress=build.progress,
+        progress=build.setup.progress,
     )
     if model.failures:
         return Built([model], {})
-    if build.processes.is_main:
+    if build.setup.processes.is_main:
         convert_poly(model, build.parts, build.folder / "experts", "experts")
-    build.processes.gather([])
+    build.setup.processes.gather([])
     experts = convert_poly(model, build.parts, build.folder / "experts", "experts")
     return Built([model, experts], {task: [task] for task in build.parts})
 

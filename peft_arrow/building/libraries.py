@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from transformers import PreTrainedModel
 
 from ..library.library import AdapterLibrary
-from ..training.base import Base
-from ..training.expert import Plan
-from ..training.groups import check_named, check_output, finish, told_of, work_folder
-from ..training.processes import Processes
-from ..training.recipe import INIT_SEED, sft_arguments
+from ..training.recipe import sft_arguments
+from ..training.saving import check_named, check_output, finish, told_of, work_folder
+from ..training.setup import set_up
 from .budget import steps_of_tasks
-from .kinds import CLUSTERED, KINDS, Build, Built, describe
+from .build import DEFAULTS, Build, Built, Options
+from .kinds import CLUSTERED, KINDS, describe
 from .tasks import TasksLike, read_tasks
 
 
@@ -30,17 +27,9 @@ def train_library(
     n_clusters: int | str = 10,
     steps: int | None = None,
     seed: int = 0,
-    sft_config: SFTConfig | Mapping[str, Any] | None = None,
-    lora_config: LoraConfig | Mapping[str, Any] | None = None,
-    init_seed: int = INIT_SEED,
-    embedding: str = "delta",
-    n_skills: int = 8,
-    n_splits: int = 4,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    base_model_kwargs: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
     made: Mapping[str, Any] | None = None,
+    options: Options = DEFAULTS,
+    **training: Any,
 ) -> AdapterLibrary:
     """Build a library of experts from data sets.
 
@@ -48,20 +37,17 @@ def train_library(
     40 % of them for the private adapters and 60 % for the clusters' experts, which are trained from scratch.
 
     Args:
-        base, sft_config, lora_config, init_seed, tokenizer, base_model_kwargs, overwrite: as in `train_adapter`.
+        base: as in `train_adapter`, and so are `sft_config`, `lora_config`, `init_seed`, `tokenizer`,
+            `base_model_kwargs`, `overwrite` and `progress`.
         datasets: task name -> rows; or a folder with one file a task, or a list of files and Hub ids.
-        kind (`str`): `private` (an expert a task), `shared` (one for all), `mbc` (Model-Based Clustering), and the
-            controls `random` (tasks dealt out), `random_examples` (rows dealt out), `embedding` (tasks grouped by the
-            base's mean hidden state), `poly` and `mhr` (skills shared by all tasks, as plain LoRAs).
+        kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly` or `mhr`: see `KINDS`.
         output_dir (`str` or `PathLike`): the library's folder; it appears when the library is complete. The experts of
             all stages are kept in `<output_dir>-training/`, where the next run finds what is finished.
         n_clusters (`int` or `"auto"`): for the clustered kinds; `"auto"` for `mbc` only.
         steps (`int`, *optional*): optimizer steps a task; by default `max_steps` or the epochs of `sft_config`.
         seed (`int`): of partitions and clustering; that of training is in `sft_config`.
-        embedding (`str`): `"delta"` or `"paper"`, of MBC.
-        n_skills, n_splits (`int`): of Poly and MHR.
-        progress (`bool`): show bars, and a line for each expert.
         made (`Mapping`, *optional*): more for the card's part on how it was made, such as `command`.
+        options (`Options`): what single kinds take: the embedding of MBC, skills and splits of Poly and MHR.
 
     Returns:
         `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage.
@@ -72,21 +58,16 @@ def train_library(
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; allowed are {list(KINDS)}.")
-    target, processes = check_output(output_dir), Processes()
-    opened, plan = Base(base, tokenizer, base_model_kwargs), Plan(sft_config, lora_config, init_seed, overwrite)
-    check_named(opened)
-    parts = read_tasks(datasets)
+    target, setup, parts = check_output(output_dir), set_up(base, **training), read_tasks(datasets)
+    check_named(setup.base)
     if kind in CLUSTERED:
         check_clusters(n_clusters, kind, len(parts))
-    folder = work_folder(target)
-    budget = steps_of_tasks(parts, sft_arguments(sft_config, folder), steps)
-    build = Build(
-        opened, parts, budget, folder, plan, processes, n_clusters, seed, embedding, n_skills, n_splits, progress
-    )
+    budget = steps_of_tasks(parts, sft_arguments(setup.plan.sft_config, work_folder(target)), steps)
+    build = Build(setup, parts, budget, work_folder(target), n_clusters, seed, options)
     built = KINDS[kind](build)
     told = {**told_of_build(kind, build, built), **(made or {})}
     earlier = {name: reason for stage in built.stages[:-1] for name, reason in stage.failures.items()}
-    return finish(built.stages[-1], opened, target, processes, told, describe(kind), earlier)
+    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), earlier)
 
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
@@ -102,10 +83,10 @@ def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
 def told_of_build(kind: str, build: Build, built: Built) -> dict[str, Any]:
     """What a library's card tells of how it was built."""
     asked = {"n_clusters": build.n_clusters} if kind in CLUSTERED else {}
-    asked |= {"embedding": build.embedding} if kind == "mbc" else {}
-    asked |= {"n_skills": build.n_skills} if kind in ("poly", "mhr") else {}
-    asked |= {"n_splits": build.n_splits} if kind == "mhr" else {}
-    told = told_of(built.stages[0], build.plan)
+    asked |= {"embedding": build.options.embedding} if kind == "mbc" else {}
+    asked |= {"n_skills": build.options.n_skills} if kind in ("poly", "mhr") else {}
+    asked |= {"n_splits": build.options.n_splits} if kind == "mhr" else {}
+    told = told_of(built.stages[0], build.setup.plan)
     told["seeds"] = {**told["seeds"], "partition": build.seed}
     stages = [stage.report() for stage in built.stages]
     steps = sum(stage["steps"] for stage in stages)

@@ -7,7 +7,8 @@ from os import PathLike
 from pathlib import Path
 
 from ..library.adapter import check_name, slug, unique_name
-from ..training.data import BUILDERS, DatasetLike, Examples, kind_of, read_examples
+from ..training.data import Examples, kind_of, read_examples
+from ..training.reading import BUILDERS, DatasetLike
 
 
 TasksLike = Mapping[str, DatasetLike] | str | PathLike | Iterable[str | PathLike]

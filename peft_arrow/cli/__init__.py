@@ -4,10 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import discover, inspect, pull, push, quickstart
+from . import build, discover, inspect, pull, push, quickstart, train
 
 
-COMMANDS = {"quickstart": quickstart, "discover": discover, "inspect": inspect, "pull": pull, "push": push}
+COMMANDS = {
+    "quickstart": quickstart,
+    "discover": discover,
+    "inspect": inspect,
+    "train": train,
+    "build": build,
+    "pull": pull,
+    "push": push,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, concatenate_datasets
+
+from .reading import DatasetLike, load_rows
 
 
-DatasetLike = Dataset | DatasetDict | str | PathLike | Iterable[Mapping[str, Any]]
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 ALLOWED = "'prompt' and 'completion', 'messages', 'instruction' (with or without 'input') and 'output', or 'text'"
 # A dataset is of the format whose first column it has; then it has to have the others too.
 FORMATS = {
@@ -58,7 +56,7 @@ def read_examples(name: str, source: DatasetLike) -> Examples:
     Raises:
         ValueError: nothing readable is there, no rows, a missing column or one of another kind.
     """
-    rows = _load(name, source)
+    rows = load_rows(name, source)
     if "split" in rows.column_names and "train" in rows.unique("split"):
         rows = rows.filter(lambda split: split == "train", input_columns="split")
     if len(rows) == 0:
@@ -121,54 +119,6 @@ def check_lengths(examples: Examples, tokenizer: Any, max_length: int | None) ->
                 f"dataset {examples.name!r}: the {part} of row {position} has {count} tokens, and max_length is "
                 f"{max_length}; leave such rows out, or allow more with sft_config={{'max_length': ...}}."
             )
-
-
-def _load(name: str, source: DatasetLike) -> Dataset:
-    if isinstance(source, DatasetDict):
-        if "train" not in source:
-            raise ValueError(
-                f"dataset {name!r} has the splits {list(source)}; pass one of them, or one named 'train'."
-            )
-        return source["train"]
-    if isinstance(source, Dataset):
-        return source
-    if isinstance(source, (str, PathLike)):
-        return _read(name, source)
-    if not isinstance(source, Iterable):
-        raise ValueError(
-            f"dataset {name!r} is a {type(source).__name__}; allowed are a Dataset, a Hub id, a path and a list of "
-            "rows."
-        )
-    rows = list(source)
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(f"dataset {name!r} is a list with other things than rows; a row is a dict of columns.")
-    return Dataset.from_list([dict(row) for row in rows])
-
-
-def _read(name: str, source: str | PathLike) -> Dataset:
-    path = Path(source).expanduser()
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"dataset {name!r} is empty: {str(path)!r} has no rows.")
-    if path.is_file() and path.suffix not in BUILDERS:
-        raise ValueError(f"dataset {name!r}: {str(path)!r} is of an unknown format; allowed are {list(BUILDERS)}.")
-    is_local = not isinstance(source, str) or source.startswith(("/", "./", "../", "~"))
-    if not path.exists() and is_local:
-        raise ValueError(f"dataset {name!r}: there is no file or folder {str(path)!r}.")
-    try:
-        if path.is_file():
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-        if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            return _load(name, load_from_disk(str(path)))
-        return load_dataset(str(source), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"dataset {name!r}: {str(source)!r} cannot be read: {error.__cause__ or error}") from error
-    except (OSError, ValueError) as error:
-        tried = "as a folder" if path.exists() else "as a path and as an id on the Hub"
-        raise ValueError(f"dataset {name!r}: {str(source)!r} was tried {tried}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _as_trl_takes_it(name: str, rows: Dataset) -> Dataset:

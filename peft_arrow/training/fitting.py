@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,10 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
+from .checkpoints import newest_checkpoint
 from .errors import NotFinite
-
-
-STATE_NAME = "trainer_state.json"
-IDENTITY_NAME = "identity.json"
 
 
 @dataclass(frozen=True)
@@ -115,37 +109,3 @@ def fit(
 def _without_embeddings(save: Callable) -> Callable:
     """PEFT's default asks the Hub for the base's config, to see whether its vocabulary changed."""
     return lambda *args, **kwargs: save(*args, **{"save_embedding_layers": False, **kwargs})
-
-
-def checkpoints_of(folder: Path) -> Path:
-    """Where the checkpoints of the expert in `folder` lie until it is finished; an expert's name has no first dot."""
-    return folder.parent / f".{folder.name}.checkpoints"
-
-
-def prepare_checkpoints(folder: Path, identity: dict[str, Any]) -> None:
-    """Keep checkpoints of a killed run that trained in the same way, and remove all others."""
-    mark = folder / IDENTITY_NAME
-    try:
-        same = json.loads(mark.read_text(encoding="utf-8")) == identity
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        mark.write_text(json.dumps(identity), encoding="utf-8")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short is removed.
-
-    The trainer writes its state last, so a state that can be read is that of a whole checkpoint.
-    """
-    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
-        try:
-            json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            return path
-    return None

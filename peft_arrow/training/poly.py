@@ -11,28 +11,24 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from peft import LoraConfig, PeftModel, PolyConfig
+from peft import PeftModel, PolyConfig
 from peft.tuners.poly import PolyLayer
-from safetensors.torch import load_file, save_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..library.folders import new_folder
 from .base import Base
+from .checkpoints import checkpoints_of
 from .data import Examples, check_lengths, joined
-from .expert import Job, Plan, finished
-from .fitting import checkpoints_of
-from .groups import Stage, try_job
+from .jobs import Job, Plan, finished
 from .processes import Processes
 from .recipe import lora_arguments, sft_arguments, telling
 from .record import TrainingRecord
+from .stage import Stage, try_job
 
 
 TASK_COLUMN = "task_ids"
 # The learning rate of the tasks' weights over the skills: mttl's, far above that of the skills.
 ROUTER_LEARNING_RATE = 0.1
 MODEL_NAME = "poly"
-_A = ".poly_lora_A"
-_EPSILON = 1e-12  # PEFT's, in the sum that the weights are divided by
 
 
 class TaskCollator:
@@ -147,69 +143,3 @@ def _poly_options(model: PeftModel, arguments: Any, pad_token_id: int) -> dict[s
         weight_decay=arguments.weight_decay,
     )
     return {"collator": TaskCollator(pad_token_id), "optimizer": optimizer}
-
-
-def lora_of_task(tensors: Mapping[str, torch.Tensor], config: PolyConfig, task: int) -> dict[str, torch.Tensor]:
-    """The plain LoRA that a Poly model is for one task, exactly, in eval mode.
-
-    In eval mode a task's weights over the skills are constants, w = sigmoid(z) / sum sigmoid(z) for each split, so
-    the layer is one low-rank product with A* = sum w_i A_i and B* = sum w_i B_i; its scale 1 / r is that of a
-    LoRA with alpha 1.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`): the saved Poly adapter.
-        config (`PolyConfig`): of it.
-        task (`int`): the number of the task.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `lora_A` (r, in) and `lora_B` (out, r) of every module, under PEFT's names.
-    """
-    found = {}
-    for module in [key.removesuffix(_A) for key in tensors if key.endswith(_A)]:
-        skills_A, skills_B = tensors[f"{module}{_A}"].float(), tensors[f"{module}.poly_lora_B"].float()
-        logits = tensors[f"{module}.poly_router.module_logits"][task].float()
-        scores = torch.sigmoid(logits.view(config.n_splits, config.n_skills))
-        weights = scores / (scores.sum(dim=-1, keepdim=True) + _EPSILON)
-        mixed_A = torch.einsum("qs,qsdr->qdr", weights, skills_A).reshape(-1, config.r)
-        mixed_B = torch.einsum("qs,qsrd->rqd", weights, skills_B).reshape(config.r, -1)
-        found[f"{module}.lora_A.weight"] = mixed_A.T.contiguous()
-        found[f"{module}.lora_B.weight"] = mixed_B.T.contiguous()
-    return found
-
-
-def convert_poly(stage: Stage, tasks: Mapping[str, Examples], folder: Path, name: str) -> Stage:
-    """Write the Poly model of a stage as one plain LoRA expert a task, one after another.
-
-    Args:
-        stage (`Stage`): of `train_poly`.
-        tasks (`Mapping[str, Examples]`): in the order they were trained in.
-        folder (`Path`): the experts' parent.
-        name (`str`): of the stage that is returned, whose steps and tokens are 0: they are those of `stage`.
-    """
-    source = stage.folder / MODEL_NAME
-    config, whole = PolyConfig.from_pretrained(str(source)), stage.records[MODEL_NAME]
-    tensors = load_file(source / "adapter_model.safetensors")
-    records = {}
-    for number, (task, part) in enumerate(tasks.items()):
-        record = replace(
-            whole, name=task, tasks=[task], steps=0, tokens=0, rows=len(part.dataset), seconds=0.0, losses=[]
-        )
-        records[task] = replace(record, sources=list(part.sources), identity={**whole.identity, "task": number})
-        if TrainingRecord.read(folder / task) != records[task]:
-            _write(lora_of_task(tensors, config, number), config, records[task], folder / task)
-    return Stage(name, folder, records, {})
-
-
-def _write(tensors: Mapping[str, torch.Tensor], config: PolyConfig, record: TrainingRecord, folder: Path) -> None:
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=1,
-        target_modules=config.target_modules,
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        inference_mode=True,
-    )
-    with new_folder(folder) as draft:
-        save_file(dict(tensors), draft / "adapter_model.safetensors", {"format": "pt"})
-        lora.save_pretrained(str(draft))
-        record.write(draft)

@@ -6,23 +6,23 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from trl import SFTConfig
 
-from ..library.adapter import AdapterRef, check_name, slug
 from ..library.folders import new_folder
 from .base import Base, kept_random_state, lent
-from .data import DatasetLike, Examples, check_lengths, read_examples
-from .fitting import checkpoints_of, fit, prepare_checkpoints
+from .checkpoints import checkpoints_of, prepare_checkpoints
+from .data import Examples, check_lengths
+from .fitting import fit
 from .processes import Processes
-from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling, with_targets
+from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling
 from .record import TrainingRecord, check_unchanged
+from .targets import with_targets
 
 
 @dataclass(frozen=True)
@@ -137,60 +137,6 @@ def write_expert(model: PeftModel, record: TrainingRecord, folder: Path, tensors
         model.save_pretrained(str(draft), state_dict=tensors)
         record.write(draft)
     shutil.rmtree(checkpoints_of(folder), ignore_errors=True)
-
-
-def train_adapter(
-    base: PreTrainedModel | str | PathLike,
-    dataset: DatasetLike,
-    *,
-    output_dir: str | PathLike,
-    name: str | None = None,
-    sft_config: SFTConfig | Mapping[str, Any] | None = None,
-    lora_config: LoraConfig | Mapping[str, Any] | None = None,
-    steps: int | None = None,
-    init_seed: int = INIT_SEED,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    base_model_kwargs: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> AdapterRef:
-    """Train one LoRA on one dataset with TRL's SFTTrainer, on completions only.
-
-    Without configs it is the recipe of arXiv 2405.11157: rank 4, alpha 16, dropout 0.05 on the attention projections,
-    AdamW at 1e-4 with 6 % warm-up and linear decay, 16 rows a step, gradients clipped at 0.1, five epochs.
-
-    Args:
-        base (`PreTrainedModel` or `str`): the base model, its Hub id or its folder; a model is given back as it was.
-        dataset: a `Dataset`, a Hub id, a file or folder, or a list of rows; see `read_examples` for the columns.
-        output_dir (`str` or `PathLike`): the adapter's folder; it appears when the adapter is complete.
-        name (`str`, *optional*): of the task; by default that of the folder.
-        sft_config (`SFTConfig` or `Mapping`, *optional*): a mapping changes fields of the recipe, a config all.
-        lora_config (`LoraConfig` or `Mapping`, *optional*): in the same way.
-        steps (`int`, *optional*): optimizer steps, in the place of epochs.
-        init_seed (`int`): of A; the same for adapters that are to share it. The global random states are kept.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): by default that of the base's name.
-        base_model_kwargs (`Mapping`, *optional*): for loading the base: `dtype`, `device_map`, `revision` ...
-        overwrite (`bool`): train again where data or configs changed since; otherwise that is an error.
-        progress (`bool`): show a bar.
-
-    Returns:
-        `AdapterRef`: the folder. An adapter that is already there, trained in the same way, is not trained again.
-
-    Raises:
-        ValueError: bad rows or configs, or the folder holds something else; nothing is loaded or written then.
-        NotFinite: the loss or the gradient became NaN or infinite; the folder is not made.
-    """
-    folder = Path(output_dir).expanduser()
-    processes, plan = Processes(), Plan(sft_config, lora_config, init_seed, overwrite)
-    examples = read_examples(check_name(name) if name is not None else slug(folder.name), dataset)
-    opened = Base(base, tokenizer, base_model_kwargs)
-    job = plan_job(opened, examples, folder, plan, steps)
-    if processes.from_main(finished(job, overwrite)) is None:
-        with tqdm(desc=job.name, unit="step", disable=not (progress and processes.is_main)) as bar:
-            for _ in processes.mine([job.name]):
-                train_job(opened, job, plan, processes, moved(bar))
-        processes.gather([])
-    return AdapterRef(folder)
 
 
 def moved(bar: tqdm) -> Callable[[int, int], None]:
