@@ -40,7 +40,7 @@ def train_library(
         base: as in `train_adapter`, and so are `sft_config`, `lora_config`, `init_seed`, `tokenizer`,
             `base_model_kwargs`, `overwrite` and `progress`.
         datasets: task name -> rows; or a folder with one file a task, or a list of files and Hub ids.
-        kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly` or `mhr`: see `KINDS`.
+        kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly`, `mhr`; see `KINDS`.
         output_dir (`str` or `PathLike`): the library's folder; it appears when the library is complete. The experts of
             all stages are kept in `<output_dir>-training/`, where the next run finds what is finished.
         n_clusters (`int` or `"auto"`): for the clustered kinds; `"auto"` for `mbc` only.
