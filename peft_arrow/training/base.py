@@ -101,7 +101,8 @@ def lent(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     values = [copy.deepcopy(config.__dict__) for config in configs]
     own_forward, tags = model.__dict__.get("forward"), copy.copy(model.model_tags)
     checkpointed = _is_checkpointing(model)
-    hooks = [(module._forward_hooks, set(module._forward_hooks)) for module in model.modules()]
+    hooks = model.get_input_embeddings()._forward_hooks
+    own_hooks = set(hooks)
     try:
         with without_renaming_notices():
             yield model
@@ -112,9 +113,8 @@ def lent(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         if not checkpointed and _is_checkpointing(model):
             with without_renaming_notices():
                 model.gradient_checkpointing_disable()
-        for now, before in hooks:  # trl and the trainer both hook the embeddings, and only the last one can be undone
-            for key in set(now) - before:
-                del now[key]
+        for key in set(hooks) - own_hooks:  # trl and the trainer both add one, and only the last could be undone
+            del hooks[key]
         for config, before in zip(configs, values, strict=True):
             config.__dict__.clear()
             config.__dict__.update(before)

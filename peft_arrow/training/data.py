@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from .reading import DatasetLike, load_rows
+from .reading import DatasetLike, load_rows, without_bars
 
 
 ALLOWED = "'prompt' and 'completion', 'messages', 'instruction' (with or without 'input') and 'output', or 'text'"
@@ -56,12 +56,13 @@ def read_examples(name: str, source: DatasetLike) -> Examples:
     Raises:
         ValueError: nothing readable is there, no rows, a missing column or one of another kind.
     """
-    rows = load_rows(name, source)
-    if "split" in rows.column_names and "train" in rows.unique("split"):
-        rows = rows.filter(lambda split: split == "train", input_columns="split")
-    if len(rows) == 0:
-        raise ValueError(f"dataset {name!r} is empty; training needs at least one row.")
-    dataset = _as_trl_takes_it(name, rows)
+    with without_bars():
+        rows = load_rows(name, source)
+        if "split" in rows.column_names and "train" in rows.unique("split"):
+            rows = rows.filter(lambda split: split == "train", input_columns="split")
+        if len(rows) == 0:
+            raise ValueError(f"dataset {name!r} is empty; training needs at least one row.")
+        dataset = _as_trl_takes_it(name, rows)
     is_on_hub = isinstance(source, str) and not Path(source).expanduser().exists()
     return Examples(name, dataset, fingerprint(dataset), (name,), (source,) if is_on_hub else ())
 

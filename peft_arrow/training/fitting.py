@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 from peft import PeftModel
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoints import newest_checkpoint
 from .errors import NotFinite
+from .reading import without_bars
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ def fit(
         NotFinite: the loss or the gradient is NaN or infinite.
     """
     model.save_pretrained = _without_embeddings(model.save_pretrained)
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
+    with without_bars():
         trainer = SFTTrainer(
             model=model,
             args=arguments,
@@ -94,12 +92,9 @@ def fit(
             optimizers=(optimizer, None),
             callbacks=[Watch(on_step)],
         )
-        trainer.remove_callback(PrinterCallback)
-        checkpoint = newest_checkpoint(Path(arguments.output_dir))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        if shown:
-            enable_progress_bar()
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_checkpoint(Path(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     tensors = trainer.accelerator.get_state_dict(trainer.model) if whole else None
