@@ -28,10 +28,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
 
 
-def start(root: Path, output: str, log: Path, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(root: Path, output: str, log: Path, launcher: tuple[str, ...] = (), **more: str) -> subprocess.Popen:
     words = [sys.executable, *launcher, str(Path(data.__file__)), str(root), output, "mbc"]
     with log.open("a") as file:
-        return subprocess.Popen(words, env=environment(), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(words, env={**environment(), **more}, stdout=file, stderr=file, start_new_session=True)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -117,13 +117,7 @@ def test_a_process_that_dies_is_told_and_its_tasks_are_trained_on_restart(tmp_pa
     """The second of two processes kills itself when it starts an expert; the launcher says so."""
     base_in(tmp_path)
     work, log = tmp_path / "library-training", tmp_path / "log"
-    process = subprocess.Popen(
-        [sys.executable, *launcher(tmp_path), str(Path(data.__file__)), str(tmp_path), "library", "mbc"],
-        env={**environment(), "DIE_IN_RANK": "1"},
-        stdout=log.open("a"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    process = start(tmp_path, "library", log, launcher(tmp_path), DIE_IN_RANK="1")
     assert process.wait(timeout=240) != 0
     assert "SIGKILL" in log.read_text() or "exitcode  : -9" in log.read_text()
     before = finished(work)
