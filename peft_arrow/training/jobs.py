@@ -78,11 +78,19 @@ def plan_job(base: Base, examples: Examples, folder: Path, plan: Plan, steps: in
 
 
 def finished(job: Job, overwrite: bool = False) -> TrainingRecord | None:
-    """The record of the expert where it is complete; see `check_unchanged`."""
+    """The record of the expert where it is complete, without the checkpoints that a kill may have left beside it.
+
+    Raises:
+        ValueError: it was trained in another way, or something else lies there; see `check_unchanged`.
+    """
     if overwrite:
         record = TrainingRecord.read(job.folder)
-        return record if record is not None and record.identity == job.identity else None
-    return check_unchanged(job.folder, job.identity)
+        record = record if record is not None and record.identity == job.identity else None
+    else:
+        record = check_unchanged(job.folder, job.identity)
+    if record is not None:
+        shutil.rmtree(checkpoints_of(job.folder), ignore_errors=True)
+    return record
 
 
 def train_job(
