@@ -21,8 +21,12 @@ _LAZY = {
     "Router": "routers",
     "Routing": "routers",
     "RoutingTrace": "tuner.trace",
+    "TrainingFailed": "training",
     "merge_adapters": "clustering.merging",
     "push_to_hub": "modeling",
+    "train_adapter": "training",
+    "train_groups": "training",
+    "train_library": "building",
     "vet_adapter": "library.vetting",
     "vet_adapters": "library.vetting",
 }

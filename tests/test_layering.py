@@ -29,12 +29,13 @@ ROOMS = {
     "tuner": ["ops", "routers", "library.adapter"],
     "library": ["library.adapter"],
     "clustering": ["library", "library.adapter", "training"],
-    "training": ["library"],
+    "training": ["library", "library.adapter"],
+    "building": ["clustering", "library", "library.adapter", "training"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
     "": ["modeling", "tuner"],
     "quickstart": ["", "evaluation", "library", "modeling", "routers", "training", "tuner"],
-    "cli": ["", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
+    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.
 PACKAGES = {
@@ -64,7 +65,7 @@ ADAPTER_FILES = tuple(
 )
 LEAVES = ("cards", "version")
 # Rooms that need an extra: loaded when asked for, as the packages of the extras are.
-ON_DEMAND = ("clustering", "evaluation", "quickstart", "training")
+ON_DEMAND = ("building", "clustering", "evaluation", "quickstart", "training")
 # Packages whose import name is not their name with underscores.
 IMPORT_NAMES = {"scikit-learn": "sklearn"}
 

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import cluster, discover, inspect, pull, push, quickstart
+from . import build, cluster, discover, inspect, pull, push, quickstart, train
 
 
 COMMANDS = {
     "quickstart": quickstart,
     "discover": discover,
     "inspect": inspect,
-    "pull": pull,
+    "train": train,
     "cluster": cluster,
+    "build": build,
+    "pull": pull,
     "push": push,
 }
 

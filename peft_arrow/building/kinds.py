@@ -1,0 +1,128 @@
+"""The kinds of library of the paper's section 5, each with the same number of optimizer steps in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..training.data import joined
+from ..training.poly import train_poly
+from ..training.poly_lora import convert_poly
+from ..training.recipe import sft_arguments
+from ..training.stage import Stage
+from .budget import divided, private_share, steps_of_groups
+from .build import Build, Built
+from .partition import by_state, cluster_names, mean_state, random_examples, random_tasks
+
+
+def build_private(build: Build) -> Built:
+    """One expert for each task."""
+    return Built([build.train("private", build.parts, build.steps)], {task: [task] for task in build.parts})
+
+
+def build_shared(build: Build) -> Built:
+    """One expert for all tasks."""
+    groups = {"shared": list(build.parts)}
+    joint = {"shared": joined("shared", list(build.parts.values()))}
+    return Built([build.train("shared", joint, steps_of_groups(groups, build.steps))], groups)
+
+
+def build_mbc(build: Build) -> Built:
+    """Private adapters for 40 % of the steps, clustered by their weights; an expert for each cluster for the rest."""
+    first = {task: private_share(steps) for task, steps in build.steps.items()}
+    private = build.train("private", build.parts, first)
+    groups = None
+    if build.setup.processes.is_main and private.records:
+        groups = cluster(private, build)
+    groups = build.setup.processes.from_main(groups)
+    if groups is None:
+        return Built([private], {})
+    rest = {task: build.steps[task] - first[task] for task in private.records}
+    return Built([private, build.train_groups(groups, rest)], groups)
+
+
+def cluster(private: Stage, build: Build) -> dict[str, list[str]]:
+    """Cluster the private adapters by Model-Based Clustering: cluster name -> tasks.
+
+    Raises:
+        ValueError: fewer adapters than clusters.
+    """
+    from ..clustering import MBCClusterer
+
+    clusterer = MBCClusterer(build.n_clusters, embedding=build.options.embedding, random_state=build.seed)
+    clusterer.fit(private.library(build.setup.base.name))
+    return {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
+
+
+def build_random(build: Build) -> Built:
+    """Tasks dealt out by chance."""
+    groups = random_tasks(list(build.parts), build.n_clusters, build.seed)
+    return Built([build.train_groups(groups, build.steps)], groups)
+
+
+def build_random_examples(build: Build) -> Built:
+    """Rows of all tasks dealt out by chance."""
+    joint = random_examples(build.parts, build.n_clusters, build.seed)
+    steps = divided(sum(build.steps.values()), cluster_names(build.n_clusters))
+    return Built([build.train("clusters", joint, steps)], {name: list(build.parts) for name in joint})
+
+
+def build_embedding(build: Build) -> Built:
+    """Tasks grouped by k-means on the base's mean hidden state of their rows."""
+    limit = sft_arguments(build.setup.plan.sft_config, build.folder).max_length
+    mine = [
+        (task, mean_state(build.setup.base.model, build.setup.base.tokenizer, build.parts[task], limit, build.seed))
+        for task in build.setup.processes.mine(list(build.parts))
+    ]
+    states = dict(build.setup.processes.gather(mine))
+    groups = by_state({task: states[task] for task in build.parts}, build.n_clusters, build.seed)
+    groups = build.setup.processes.from_main(groups)
+    return Built([build.train_groups(groups, build.steps)], groups)
+
+
+def build_poly(build: Build) -> Built:
+    """Skills shared by all tasks, one set of weights over them a task (Poly)."""
+    return _poly(build, n_splits=1)
+
+
+def build_mhr(build: Build) -> Built:
+    """Poly with weights of their own for each part of a layer's features (MHR)."""
+    return _poly(build, n_splits=build.options.n_splits)
+
+
+def _poly(build: Build, n_splits: int) -> Built:
+    model = train_poly(
+        build.setup.base,
+        build.parts,
+        build.folder,
+        build.setup.plan,
+        build.setup.processes,
+        steps=sum(build.steps.values()),
+        n_skills=build.options.n_skills,
+        n_splits=n_splits,
+        progress=build.setup.progress,
+    )
+    if model.failures:
+        return Built([model], {})
+    if build.setup.processes.is_main:
+        convert_poly(model, build.parts, build.folder / "experts", "experts")
+    build.setup.processes.gather([])
+    experts = convert_poly(model, build.parts, build.folder / "experts", "experts")
+    return Built([model, experts], {task: [task] for task in build.parts})
+
+
+KINDS: dict[str, Callable[[Build], Built]] = {
+    "private": build_private,
+    "shared": build_shared,
+    "mbc": build_mbc,
+    "random": build_random,
+    "random_examples": build_random_examples,
+    "embedding": build_embedding,
+    "poly": build_poly,
+    "mhr": build_mhr,
+}
+CLUSTERED = ("mbc", "random", "random_examples", "embedding")
+
+
+def describe(kind: str) -> str:
+    """One sentence about a kind."""
+    return (KINDS[kind].__doc__ or "").strip()

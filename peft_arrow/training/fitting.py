@@ -1,0 +1,106 @@
+"""One run of TRL's SFTTrainer on a PEFT model: quiet, resumable, stopped by a loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from .checkpoints import newest_checkpoint
+from .errors import NotFinite
+from .reading import without_bars
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the trainer did.
+
+    Args:
+        steps (`int`): optimizer steps, those before a restart included.
+        tokens (`int`): tokens without padding.
+        losses (`list[float]`): as logged.
+        tensors (`dict`, *optional*): the whole state dict, where it was sharded.
+    """
+
+    steps: int
+    tokens: int
+    losses: list[float]
+    tensors: dict[str, torch.Tensor] | None = None
+
+
+class Watch(TrainerCallback):
+    """Counts steps and stops at a loss or gradient that is not finite."""
+
+    def __init__(self, on_step: Callable[[int, int], None]) -> None:
+        self._on_step = on_step
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self._on_step(state.global_step, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._on_step(state.global_step, state.max_steps)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise NotFinite(f"{name} is {value} at step {state.global_step}; a lower learning_rate may help.")
+
+
+def fit(
+    model: PeftModel,
+    tokenizer: Any,
+    dataset: Dataset,
+    arguments: SFTConfig,
+    *,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    collator: Callable | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    whole: bool = False,
+) -> Outcome:
+    """Train, from the newest whole checkpoint in `arguments.output_dir` where there is one.
+
+    Args:
+        model (`PeftModel`): with the adapter that is trained.
+        tokenizer: of the base.
+        dataset (`Dataset`): in a form that TRL takes.
+        arguments (`SFTConfig`): of the trainer.
+        on_step (`Callable`): called with (step, all steps).
+        collator (`Callable`, *optional*): in the place of TRL's.
+        optimizer (`torch.optim.Optimizer`, *optional*): in the place of the one that the arguments name.
+        whole (`bool`): gather the trained weights of a sharded model.
+
+    Raises:
+        NotFinite: the loss or the gradient is NaN or infinite.
+    """
+    model.save_pretrained = _without_embeddings(model.save_pretrained)
+    with without_bars():
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            data_collator=collator,
+            optimizers=(optimizer, None),
+            callbacks=[Watch(on_step)],
+        )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint = newest_checkpoint(Path(arguments.output_dir))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    tensors = trainer.accelerator.get_state_dict(trainer.model) if whole else None
+    return Outcome(state.global_step, int(state.num_input_tokens_seen), losses, tensors)
+
+
+def _without_embeddings(save: Callable) -> Callable:
+    """PEFT's default asks the Hub for the base's config, to see whether its vocabulary changed."""
+    return lambda *args, **kwargs: save(*args, **{"save_embedding_layers": False, **kwargs})

@@ -1,0 +1,157 @@
+"""One expert: a plain PEFT LoRA of one base on one expert's rows, in a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import set_seed
+from trl import SFTConfig
+
+from ..library.folders import new_folder
+from .base import Base, kept_random_state, lent
+from .checkpoints import checkpoints_of, prepare_checkpoints
+from .data import Examples, check_lengths
+from .fitting import fit
+from .processes import Processes
+from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling
+from .record import TrainingRecord, check_unchanged
+from .targets import with_targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every expert of a run is trained.
+
+    Args:
+        sft_config (`SFTConfig` or `Mapping`, *optional*): see `sft_arguments`.
+        lora_config (`LoraConfig` or `Mapping`, *optional*): see `lora_arguments`.
+        init_seed (`int`): set before every expert's A is drawn, so that all start from the same A.
+        overwrite (`bool`): train finished experts again where something changed, instead of an error.
+    """
+
+    sft_config: SFTConfig | Mapping[str, Any] | None = None
+    lora_config: LoraConfig | Mapping[str, Any] | None = None
+    init_seed: int = INIT_SEED
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One expert to be trained: its rows, its folder, both configs filled in, and more arguments for `fit`."""
+
+    examples: Examples
+    folder: Path
+    arguments: SFTConfig
+    lora: PeftConfig
+    identity: dict[str, Any]
+    more: Callable[[PeftModel], dict[str, Any]] = lambda model: {}
+
+    @property
+    def name(self) -> str:
+        """The expert's name."""
+        return self.examples.name
+
+
+def plan_job(base: Base, examples: Examples, folder: Path, plan: Plan, steps: int | None = None) -> Job:
+    """Fill in and check everything about one expert before the base is loaded or a file is written.
+
+    Raises:
+        ValueError: a config with unknown fields, or rows that are too long.
+    """
+    arguments = sft_arguments(plan.sft_config, checkpoints_of(folder), steps)
+    lora = lora_arguments(plan.lora_config)
+    check_lengths(examples, base.tokenizer, arguments.max_length)
+    identity = {
+        "base_model": base.name,
+        "data": examples.fingerprint,
+        "init_seed": plan.init_seed,
+        **telling(arguments, lora),
+    }
+    return Job(examples, folder, arguments, lora, identity)
+
+
+def finished(job: Job, overwrite: bool = False) -> TrainingRecord | None:
+    """The record of the expert where it is complete, without the checkpoints that a kill may have left beside it.
+
+    Raises:
+        ValueError: it was trained in another way, or something else lies there; see `check_unchanged`.
+    """
+    if overwrite:
+        record = TrainingRecord.read(job.folder)
+        record = record if record is not None and record.identity == job.identity else None
+    else:
+        record = check_unchanged(job.folder, job.identity)
+    if record is not None:
+        shutil.rmtree(checkpoints_of(job.folder), ignore_errors=True)
+    return record
+
+
+def train_job(
+    base: Base, job: Job, plan: Plan, processes: Processes, on_step: Callable[[int, int], None]
+) -> TrainingRecord:
+    """Train one expert and write its folder in one step; continues from a checkpoint of a killed run.
+
+    Raises:
+        NotFinite: the loss or the gradient is NaN or infinite.
+    """
+    started = time.monotonic()
+    with kept_random_state(), lent(base.model) as model, processes.alone():
+        set_seed(plan.init_seed)
+        peft_model = get_peft_model(model, with_targets(job.lora, model))
+        try:
+            if processes.is_alone_or_main:
+                prepare_checkpoints(Path(job.arguments.output_dir), job.identity)
+            arguments = processes.localised(job.arguments)
+            outcome = fit(
+                peft_model,
+                base.tokenizer,
+                job.examples.dataset,
+                arguments,
+                on_step=on_step,
+                whole=processes.together,
+                **job.more(peft_model),
+            )
+            record = TrainingRecord(
+                name=job.name,
+                tasks=list(job.examples.tasks),
+                identity=job.identity,
+                steps=outcome.steps,
+                tokens=outcome.tokens,
+                rows=len(job.examples.dataset),
+                seconds=round(time.monotonic() - started, 2),
+                losses=outcome.losses,
+                target_modules=sorted(peft_model.peft_config["default"].target_modules),
+                sources=list(job.examples.sources),
+            )
+            if processes.is_alone_or_main:
+                write_expert(peft_model, record, job.folder, outcome.tensors)
+        finally:
+            peft_model.unload()
+    if processes.together:
+        base.forget()  # sharding replaced its weights
+    return record
+
+
+def write_expert(model: PeftModel, record: TrainingRecord, folder: Path, tensors: Mapping | None = None) -> None:
+    """Save the adapter and its record; then its checkpoints are not needed any more."""
+    with new_folder(folder) as draft:
+        model.save_pretrained(str(draft), state_dict=tensors)
+        record.write(draft)
+    shutil.rmtree(checkpoints_of(folder), ignore_errors=True)
+
+
+def moved(bar: tqdm) -> Callable[[int, int], None]:
+    """A function that sets a bar to (step, all steps)."""
+
+    def on_step(step: int, steps: int) -> None:
+        bar.total = steps
+        bar.update(step - bar.n)
+
+    return on_step

@@ -1,0 +1,127 @@
+"""Builds that are killed at several moments, and builds by two processes: the library of an undisturbed run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_arrow import AdapterLibrary
+from tests.building import data
+from tests.building.data import base_in
+from tests.training.test_distributed import free_port
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+
+
+def start(root: Path, output: str, log: Path, launcher: tuple[str, ...] = (), **more: str) -> subprocess.Popen:
+    words = [sys.executable, *launcher, str(Path(data.__file__)), str(root), output, "mbc"]
+    with log.open("a") as file:
+        return subprocess.Popen(words, env={**environment(), **more}, stdout=file, stderr=file, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
+
+
+def launcher(root: Path) -> tuple[str, ...]:
+    config = {"compute_environment": "LOCAL_MACHINE", "use_cpu": True, "num_machines": 1, "mixed_precision": "no"}
+    path = root / "launch.json"
+    path.write_text(json.dumps({**config, "num_processes": 2, "distributed_type": "MULTI_GPU"}))
+    return ("-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", str(free_port()))
+
+
+def finished(work: Path) -> dict[str, tuple[str, int]]:
+    """Of each finished expert the sha256 of its weights and the time of its record: a second training changes it."""
+    return {
+        str(record.parent.relative_to(work)): (
+            hashlib.sha256((record.parent / "adapter_model.safetensors").read_bytes()).hexdigest(),
+            record.stat().st_mtime_ns,
+        )
+        for record in work.glob("*/[!.]*/training.json")
+    }
+
+
+def same(one: Path, other: Path) -> None:
+    """Both libraries have the same files but for what the card says of folders."""
+    first, second = (AdapterLibrary.from_pretrained(folder) for folder in (one, other))
+    assert list(first) == list(second) and first.notes == second.notes
+    for name in first:
+        path = f"experts/{name}/adapter_model.safetensors"
+        assert (one / path).read_bytes() == (other / path).read_bytes(), name
+    assert (one / "library.json").read_bytes() == (other / "library.json").read_bytes()
+
+
+def wait_until(moment, process: subprocess.Popen, started: float) -> None:
+    while not moment(started) and process.poll() is None and time.monotonic() < started + 120:
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_killed_builds_give_the_same_library(tmp_path):
+    """Killed with an expert just finished, in the middle of a cluster's expert, and somewhere: then run to the end."""
+    base_in(tmp_path)
+    undisturbed = start(tmp_path, "whole", tmp_path / "whole.log")
+    finish(undisturbed, tmp_path / "whole.log")
+    work, log = tmp_path / "killed-training", tmp_path / "killed.log"
+    delay = random.Random(0).uniform(5, 8)
+    moments = [
+        lambda started: len(finished(work)) >= 1,
+        lambda started: any(work.glob("clusters/.*.checkpoints/checkpoint-*")),
+        lambda started: time.monotonic() > started + delay,
+    ]
+    kept: dict[str, tuple[str, int]] = {}
+    kills = 0
+    for moment in moments:
+        process = start(tmp_path, "killed", log)
+        wait_until(moment, process, time.monotonic())
+        kills += process.poll() is None
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        now = finished(work)
+        assert {name: now[name] for name in kept} == kept, "no expert is trained twice"
+        kept = now
+    finish(start(tmp_path, "killed", log), log)
+    assert kills >= 2 and len(kept) >= 4
+    assert {name: finished(work)[name] for name in kept} == kept
+    assert not list(work.glob("*/.*")), "neither checkpoints nor drafts are left"
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_library_of_one(tmp_path):
+    base_in(tmp_path)
+    one, two = tmp_path / "one.log", tmp_path / "two.log"
+    finish(start(tmp_path, "one", one), one)
+    finish(start(tmp_path, "two", two, launcher(tmp_path)), two)
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told_and_its_tasks_are_trained_on_restart(tmp_path):
+    """The second of two processes kills itself when it starts an expert; the launcher says so."""
+    base_in(tmp_path)
+    work, log = tmp_path / "library-training", tmp_path / "log"
+    process = start(tmp_path, "library", log, launcher(tmp_path), DIE_IN_RANK="1")
+    assert process.wait(timeout=240) != 0
+    assert "SIGKILL" in log.read_text() or "exitcode  : -9" in log.read_text()
+    before = finished(work)
+    assert len(before) < 4 and not (tmp_path / "library").exists()
+    finish(start(tmp_path, "library", log, launcher(tmp_path)), log)
+    assert {name: finished(work)[name] for name in before} == before
+    assert len(AdapterLibrary.from_pretrained(tmp_path / "library")) == 2
