@@ -103,7 +103,6 @@ class LoraTrainer:
                 per_device_train_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
                 max_length=2 * MAX_TOKENS,
-                loss_type="chunked_nll",  # the head on completion tokens only: the same loss in less time
                 gradient_checkpointing=False,
                 bf16=False,
                 use_cpu=True,
