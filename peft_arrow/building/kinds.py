@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..clustering.mbc import MBCClusterer
 from ..training.data import joined
 from ..training.poly import train_poly
 from ..training.poly_lora import convert_poly
@@ -46,8 +47,6 @@ def cluster(private: Stage, build: Build) -> dict[str, list[str]]:
     Raises:
         ValueError: fewer adapters than clusters.
     """
-    from ..clustering import MBCClusterer
-
     clusterer = MBCClusterer(build.n_clusters, embedding=build.options.embedding, random_state=build.seed)
     clusterer.fit(private.library(build.setup.base.name))
     return {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}

@@ -19,8 +19,8 @@ PENULTIMATE = -2
 
 
 def cluster_names(count: int) -> list[str]:
-    """`cluster-0`, `cluster-1`, ..."""
-    return [f"cluster-{number}" for number in range(count)]
+    """`cluster_0`, `cluster_1`, ..."""
+    return [f"cluster_{number}" for number in range(count)]
 
 
 def random_tasks(tasks: list[str], count: int, seed: int) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What the building tests share: a base on disk, four small tasks, and a stand-in for the clusterer."""
+"""What the building tests share: a base on disk and four small tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 import os
 import signal
 import sys
-import types
 from pathlib import Path
 
 from tests.pico import pico_base, pico_tokenizer
@@ -32,31 +31,10 @@ def base_in(folder: Path) -> str:
     return str(folder / "my-base")
 
 
-class StandInClusterer:
-    """Every other task in one cluster: these tests are about what is trained, not about what is similar."""
-
-    def __init__(self, n_clusters: int = 10, *, embedding: str = "delta", random_state: int = 42) -> None:
-        self.n_clusters = n_clusters
-
-    def fit(self, library) -> StandInClusterer:
-        names = list(library)
-        assert all(library[name].tensors for name in names), "the private adapters can be read"
-        self.clusters_ = {f"cluster-{i}": names[i :: self.n_clusters] for i in range(self.n_clusters)}
-        return self
-
-
-def stand_in() -> types.ModuleType:
-    """A module in the place of `peft_arrow.clustering`."""
-    module = types.ModuleType("peft_arrow.clustering")
-    module.MBCClusterer = StandInClusterer
-    return module
-
-
 def main(root: str, output: str, kind: str) -> None:
     """Build in a process of its own, for tests that kill it or launch several."""
     from peft_arrow import train_library
 
-    sys.modules["peft_arrow.clustering"] = stand_in()
     if os.environ.get("DIE_IN_RANK") == os.environ.get("RANK", "0"):
         jobs = importlib.import_module("peft_arrow.training.jobs")
         jobs.fit = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)

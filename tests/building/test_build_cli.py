@@ -10,7 +10,7 @@ import pytest
 
 from peft_arrow import AdapterLibrary
 from peft_arrow.cli import main
-from tests.building.data import TASKS, base_in, stand_in
+from tests.building.data import TASKS, base_in
 
 
 QUICKLY = ["--base", "my-base", "--data", "tasks", "--steps", "5", "--batch-size", "2", "--max-length", "64"]
@@ -19,7 +19,6 @@ QUICKLY = ["--base", "my-base", "--data", "tasks", "--steps", "5", "--batch-size
 @pytest.fixture
 def reader(tmp_path, monkeypatch) -> Path:
     """A folder with a base and four tasks, which is the working folder."""
-    monkeypatch.setitem(sys.modules, "peft_arrow.clustering", stand_in())
     monkeypatch.chdir(tmp_path)
     base_in(tmp_path)
     (tmp_path / "tasks").mkdir()
@@ -52,7 +51,7 @@ def test_build_with_a_config(reader, capsys):
     command = ["build", "--config", "build.yaml", "--clusters", "2", "--steps", "4", "--output", "library", "--json"]
     assert main(command) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report["experts"] == ["cluster-0", "cluster-1"] and report["failed"] == {} and report["pushed"] is None
+    assert report["experts"] == ["cluster_0", "cluster_1"] and report["failed"] == {} and report["pushed"] is None
     assert report["made"]["stages"] == [{"stage": "clusters", "experts": 2, "steps": 8, "tokens": 128}]
     assert report["made"]["recipe"]["learning_rate"] == 0.01 and report["made"]["recipe"]["lora_dropout"] == 0.0
     assert main(command) == 0
