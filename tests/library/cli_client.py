@@ -74,7 +74,7 @@ def check_push_refused(hub: Hub, work: Path):
     (work / "nothing").mkdir()
     for arguments, code, message in (
         ((work / "nothing", "alice/x"), 2, "holds no library.json and no adapter_config.json; save a model first"),
-        ((work / "adapters/sql", "alice/x"), 2, "holds a plain adapter, not a routed model; pull it into a library first"),
+        ((work / "adapters/sql", "alice/x"), 2, "holds a plain adapter, not a routed model; pull it into a library"),
         ((library, "alice/lib", "--private"), 2, "exists and is public; change it in its settings, or leave"),
         ((library, "bob/x"), 1, "403"),
         ((library, "alice/x", "--token", "hf_wrong"), 1, "401"),
