@@ -24,6 +24,7 @@ from .retrying import retried
 
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+A_SUFFIX = ".lora_A.weight"
 PICKLE_NAME = "adapter_model.bin"
 CARD_NAME = "README.md"
 
@@ -148,6 +149,15 @@ class WeightsFile(Mapping[str, torch.Tensor]):
         except HUB_ERRORS as error:
             raise ValueError(f"adapter {self.place.describe()!r}: {_why_no_weights(self.place, error)}") from error
         return path
+
+
+def module_ranks(header: Mapping[str, TensorHeader]) -> dict[str, int]:
+    """The rank of each module that a header has a lora_A of, by the key without its end."""
+    return {
+        key.removesuffix(A_SUFFIX): entry.shape[0]
+        for key, entry in header.items()
+        if key.endswith(A_SUFFIX) and entry.shape
+    }
 
 
 def local_header(path: str, where: str) -> dict[str, TensorHeader]:

@@ -19,7 +19,7 @@ from tqdm.contrib.concurrent import thread_map
 from .adapter import HUB_THREADS, Adapter
 from .base_names import base_revision
 from .card import MARK, library_card
-from .files import CARD_NAME, WEIGHTS_NAME, WeightsFile, local_header, sha256_of
+from .files import CARD_NAME, WEIGHTS_NAME, WeightsFile, local_header, module_ranks, sha256_of
 from .folders import new_folder
 from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER, ExpertRecord, Manifest
 from .reading import CONFIG_NAME, Location
@@ -27,7 +27,6 @@ from .versions import framework_versions
 
 
 OURS = (MANIFEST_NAME, CARD_NAME, EXPERTS_FOLDER, PICTURES_FOLDER)
-A_SUFFIX = ".lora_A.weight"
 NAME_BYTES = 255
 
 
@@ -92,12 +91,11 @@ def write_expert(adapter: Adapter, folder: Path, base_model: str) -> ExpertRecor
     else:
         save_file({key: tensor.contiguous() for key, tensor in adapter.tensors.items()}, path, {"format": "pt"})
         sha256 = sha256_of(path)
-    header = local_header(str(path), adapter.source)
-    ranks = {key.removesuffix(A_SUFFIX): tensor.shape[0] for key, tensor in header.items() if key.endswith(A_SUFFIX)}
+    ranks = module_ranks(local_header(str(path), adapter.source))
     alpha = adapter.config.get("lora_alpha", 8)
     if not ranks or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise ValueError(
-            f"adapter {adapter.name!r} ({adapter.source}): it has {len(ranks)} lora_A tensors and "
+            f"{adapter.where}: it has {len(ranks)} lora_A tensors and "
             f"lora_alpha={alpha!r}; a LoRA has at least one, and a number."
         )
     config = {**adapter.config, "base_model_name_or_path": base_model, "inference_mode": True}

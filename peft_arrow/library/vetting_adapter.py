@@ -10,7 +10,7 @@ import torch
 
 from .adapter import Adapter
 from .base_shapes import BaseShapes
-from .files import WEIGHTS_NAME, TensorHeader, WeightsFile, read_config, read_origin
+from .files import WEIGHTS_NAME, TensorHeader, WeightsFile, module_ranks, read_config, read_origin
 from .lora import KEY_PREFIX
 from .manifest import Origin
 from .reading import Location
@@ -31,7 +31,6 @@ from .vetting_places import READ_ERRORS, Place
 from .vetting_weights import check_weights, saved_is_finite
 
 
-A_SUFFIX = ".lora_A.weight"
 ITEM_BITS = {
     "F64": 64,
     "I64": 64,
@@ -134,11 +133,7 @@ def _header(adapter: Adapter) -> dict[str, TensorHeader]:
 def _report(
     adapter: Adapter, header: Mapping[str, TensorHeader], origin: Origin, licence: str | None
 ) -> AdapterReport:
-    ranks = {
-        key.removesuffix(A_SUFFIX): entry.shape[0]
-        for key, entry in header.items()
-        if key.endswith(A_SUFFIX) and entry.shape
-    }
+    ranks = module_ranks(header)
     targets = adapter.config.get("target_modules")
     modules = ranks or ([name for name in targets if isinstance(name, str)] if isinstance(targets, list) else [])
     named, task = adapter.config.get("base_model_name_or_path"), adapter.task_type
