@@ -16,21 +16,31 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 from sklearn.metrics import adjusted_rand_score
+from tqdm import tqdm
 
-from peft_arrow import AdapterLibrary, MBCClusterer
+from peft_arrow import AdapterLibrary, MBCClusterer, train_adapter
+from peft_arrow.quickstart.base import load_base, silence_known_warnings
 from peft_arrow.quickstart.task_list import load_tasks
-from peft_arrow.quickstart.train import LoraTrainer, TrainSettings, train_adapters
 
 
 # (rank, alpha) of a task's three versions, where they are to differ.
-MIXED = ((4, 16), (8, 16), (16, 16))
+MIXED = ((4, 16), (8, 16), (16, 8))
 EQUAL = ((8, 16),) * 3
+ROWS = 240
+RECIPE = {
+    "learning_rate": 2e-3,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 0,
+    "max_length": 160,
+    "save_strategy": "no",
+}
 
 
 @dataclass(frozen=True)
@@ -45,53 +55,47 @@ class Plan:
     ranks: str
     start: str
 
-    def settings(self, base: str | None, steps: int, seed: int) -> list[TrainSettings]:
-        """Of the three versions; other seeds are other orders of the data and, with own starts, another A."""
-        versions = MIXED if self.ranks == "mixed" else EQUAL
-        first = TrainSettings(base=base, steps=steps)
-        return [
-            replace(first, rank=rank, alpha=alpha, seed=1000 * seed + version)
-            for version, (rank, alpha) in enumerate(versions)
-        ]
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """(rank, alpha) of each version."""
+        return MIXED if self.ranks == "mixed" else EQUAL
+
+    def init_seed(self, seed: int, version: int, task: str) -> int:
+        """Of A: one for a seed, or one for each adapter."""
+        return seed if self.start == "shared" else crc32(f"{seed} {version} {task}".encode())
 
 
-PLANS = [Plan(ranks, start) for ranks in ("mixed", "equal") for start in ("own", "shared")]
+PLANS = {f"{ranks}-{start}": Plan(ranks, start) for ranks in ("mixed", "equal") for start in ("own", "shared")}
 
 
-class OwnStartTrainer(LoraTrainer):
-    """Trains every adapter from an A of its own: the seed depends on the task too."""
+class Trainer:
+    """Trains the versions of all tasks on one base, which is loaded once; what is complete is not trained again."""
 
-    def __call__(self, task, folder, settings, on_step) -> None:
-        """Train with a seed made of the version's and the task's name."""
-        seed = settings.seed + 10_000 * (1 + crc32(task.name.encode()) % 10_000)
-        super().__call__(task, folder, replace(settings, seed=seed), on_step)
+    def __init__(self, base: str | None, steps: int, batch_size: int, root: Path) -> None:
+        self.model, self.tokenizer = load_base(base)
+        self.steps, self.batch_size, self.root = steps, batch_size, root
 
-
-class SharedStartTrainer(LoraTrainer):
-    """Trains from the A of the first version, whatever the seed of the data is, as the paper's experts do."""
-
-    def __call__(self, task, folder, settings, on_step) -> None:
-        """Train with the seed rounded down to the first version's, on rows of the version's own order."""
-        rows = task.train_rows
-
-        class Ordered:
-            """The task, with the rows of a version."""
-
-            name = task.name
-            train_rows = staticmethod(lambda count: rows(count, seed=settings.seed % 1000))
-
-        super().__call__(Ordered(), folder, replace(settings, seed=settings.seed // 1000 * 1000), on_step)
-
-
-def train(plan: Plan, base: str | None, steps: int, seed: int, tasks: list, root: Path) -> AdapterLibrary:
-    """All versions of all tasks, those that are missing trained now; names are `task-version`."""
-    trainer = (SharedStartTrainer if plan.start == "shared" else OwnStartTrainer)(base)
-    places = {}
-    for version, settings in enumerate(plan.settings(base, steps, seed)):
-        folder = root / f"seed-{seed}" / plan.start / f"rank-{settings.rank}-version-{version}"
-        found = train_adapters(tasks, folder, settings, workers=1, train=trainer)
-        places |= {f"{task}-{version}": path for task, path in found.items()}
-    return AdapterLibrary.from_pretrained(places, base_model=base or "HuggingFaceTB/SmolLM2-135M-Instruct")
+    def __call__(self, plan: Plan, seed: int, tasks: list) -> AdapterLibrary:
+        """All versions of all tasks; names are `task-version`. Versions see other rows in another order."""
+        places = {}
+        for version, (rank, alpha) in enumerate(plan.versions()):
+            folder = self.root / f"seed-{seed}" / plan.start / f"version-{version}-rank-{rank}"
+            for task in tqdm(tasks, desc=f"seed {seed}, {plan.ranks} ranks, {plan.start} A, version {version}"):
+                rows = [
+                    {"prompt": row.prompt, "completion": row.completion}
+                    for row in task.train_rows(ROWS, seed=10 * seed + version)
+                ]
+                places[f"{task.name}-{version}"] = train_adapter(
+                    self.model,
+                    rows,
+                    tokenizer=self.tokenizer,
+                    output_dir=folder / task.name,
+                    steps=self.steps,
+                    init_seed=plan.init_seed(seed, version, task.name),
+                    sft_config={**RECIPE, "per_device_train_batch_size": self.batch_size, "seed": 10 * seed + version},
+                    lora_config={"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": "all-linear"},
+                    progress=False,
+                )
+        return AdapterLibrary.from_pretrained(places, base_model=self.model.name_or_path)
 
 
 def judge(library: AdapterLibrary, tasks: list, embedding: str, grouping: str, plots: Path | None) -> dict:
@@ -121,10 +125,11 @@ def ways(plan: Plan) -> list[tuple[str, str]]:
 def run(args: argparse.Namespace, root: Path) -> list[dict]:
     """Train and judge every plan and seed."""
     tasks = load_tasks(args.tasks)
+    trainer = Trainer(args.base, args.steps, args.batch_size, root)
     found = []
     for seed in args.seeds:
-        for plan in PLANS:
-            library = train(plan, args.base, args.steps, seed, tasks, root)
+        for plan in args.plans:
+            library = trainer(plan, seed, tasks)
             for embedding, grouping in ways(plan):
                 plots = root / "plots" / f"{seed}-{plan.ranks}-{plan.start}-{embedding}" if args.plots else None
                 row = {"seed": seed, "ranks": plan.ranks, "start": plan.start, "embedding": embedding}
@@ -169,12 +174,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the quickstart (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=TrainSettings().steps, help="an adapter (default: %(default)s)")
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=list(PLANS), help="ranks and start of A")
+    parser.add_argument("--steps", type=int, default=16, help="an adapter (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows a step (default: %(default)s)")
     parser.add_argument("--base", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--output", type=Path, help="keeps adapters and planted_truth.json (default: a temporary one)")
     parser.add_argument("--plots", action="store_true", help="draw every clustering into --output")
     parser.add_argument("--smoke", action="store_true", help="a pico base, three tasks, one seed, two steps")
     args = parser.parse_args()
+    silence_known_warnings()
+    args.plans = [PLANS[name] for name in args.plans]
     with tempfile.TemporaryDirectory() as temporary:
         root = args.output or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
