@@ -57,7 +57,7 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
         labels_ (`np.ndarray`): (N,), in the order of `names_`.
         names_ (`list[str]`): the adapters as they were given; numbers of rows for an array.
         clusters_ (`dict[str, list[str]]`): `"cluster_0"` ... -> names, sorted.
-        n_clusters_ (`int`): how many.
+        n_clusters_ (`int`): how many; fewer than asked for where `"paper"` finds too few that differ.
         similarity_ (`np.ndarray`): (N, N), in the order of `names_`.
         silhouette_ (`float`): mean silhouette on 1 - similarity; NaN for one cluster or one adapter a cluster.
         centroids_ (`np.ndarray`): (n_clusters_, F): means of the members' sketches, or rows, at length 1.
@@ -242,8 +242,10 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
         """Fill the attributes, in the order of the given names."""
         similarity, counts = compared.similarity, group_counts(self, len(compared.names))
         labeller = self._labeller(similarity)
-        self.n_clusters_ = counts[0] if len(counts) == 1 else grouping.best_count(labeller, similarity, counts)
-        labels = labeller(self.n_clusters_)
+        count = counts[0] if len(counts) == 1 else grouping.best_count(labeller, similarity, counts)
+        # k-means finds fewer clusters where fewer adapters differ; their numbers then have no gaps
+        labels = np.unique(labeller(count), return_inverse=True)[1]
+        self.n_clusters_ = int(labels.max()) + 1
         self.centroids_ = centroids(compared, labels, self._library, self._sketch(self._choice()))
         self.silhouette_ = grouping.silhouette(similarity, labels)
         place = {name: position for position, name in enumerate(compared.names)}

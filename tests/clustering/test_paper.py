@@ -70,3 +70,17 @@ def test_alpha_does_not_enter_and_other_shapes_are_refused():
     mixed = {"a": random_adapter("a", 1, 4), "b": random_adapter("b", 2, 8)}
     with pytest.raises(ValueError, match=r"\(4, 32\) in 'a' and \(8, 32\) in 'b'; embedding='delta' compares"):
         MBCClusterer(2, embedding="paper").fit(mixed)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters:sklearn.exceptions.ConvergenceWarning")
+def test_fewer_different_adapters_than_clusters():
+    """k-means leaves clusters empty then; none of ours is."""
+    library, _ = planted(2, 2, 1, shared_start=True, one_rank=True)
+    first, second = library.values()
+    copies = {f"{one.name}-{copy}": replace(one, name=f"{one.name}-{copy}") for one in (first, second) for copy in "ab"}
+    found = MBCClusterer(3, embedding="paper").fit(AdapterLibrary(copies))
+    assert found.n_clusters_ == len(found.clusters_) == 2
+    assert all(found.clusters_.values())
+    assert sorted(set(found.labels_)) == [0, 1]
+    assert np.isfinite(found.centroids_).all()
+    assert len(found.merge_experts()) == 2
