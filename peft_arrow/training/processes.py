@@ -126,15 +126,15 @@ class Processes:
         Raises:
             ValueError: the rows of a step cannot be divided; see `share_of_step`.
         """
-        if self.count == 1:
-            return arguments
         local = copy.copy(arguments)
         if self.together:
             local.per_device_train_batch_size, local.gradient_accumulation_steps = self.share_of_step(arguments)
-            return local
-        local.distributed_state = PartialState()
-        local.__dict__["_setup_devices"] = local.distributed_state.device
-        local._n_gpu = 0 if local.distributed_state.device.type == "cpu" else 1
+        elif self.count > 1:
+            local.distributed_state = PartialState()
+            local.__dict__["_setup_devices"] = local.distributed_state.device
+            local._n_gpu = 0 if local.distributed_state.device.type == "cpu" else 1
+        else:
+            local._n_gpu = min(arguments.n_gpu, 1)  # without a launch the trainer would spread a step over all GPUs
         return local
 
     def share_of_step(self, arguments: SFTConfig) -> tuple[int, int]:
