@@ -67,14 +67,16 @@ def build_random_examples(build: Build) -> Built:
 
 def build_embedding(build: Build) -> Built:
     """Tasks grouped by k-means on the base's mean hidden state of their rows."""
+    processes = build.setup.processes
     limit = sft_arguments(build.setup.plan.sft_config, build.folder).max_length
     mine = [
         (task, mean_state(build.setup.base.model, build.setup.base.tokenizer, build.parts[task], limit, build.seed))
-        for task in build.setup.processes.mine(list(build.parts))
+        for task in (processes.mine(list(build.parts)) if processes.is_alone_or_main else [])
     ]
-    states = dict(build.setup.processes.gather(mine))
-    groups = by_state({task: states[task] for task in build.parts}, build.n_clusters, build.seed)
-    groups = build.setup.processes.from_main(groups)
+    states, groups = dict(processes.gather(mine)), None
+    if processes.is_main:
+        groups = by_state({task: states[task] for task in build.parts}, build.n_clusters, build.seed)
+    groups = processes.from_main(groups)
     return Built([build.train_groups(groups, build.steps)], groups)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -57,15 +58,16 @@ class Base:
             return self._given
         return _load(AutoModelForCausalLM, self.name, {"dtype": "auto", **self._model_kwargs})
 
-    def forget(self) -> None:
-        """Drop the loaded model; the next use loads it again.
-
-        Raises:
-            ValueError: the base was given as a model, which cannot be loaded again.
-        """
+    def check_loadable(self) -> None:
+        """A `ValueError` where the base was given as a model, which cannot be loaded anew after `forget`."""
         if isinstance(self._given, PreTrainedModel):
             raise ValueError("base is a model; under FSDP or DeepSpeed pass its Hub id or folder, to be loaded anew.")
+
+    def forget(self) -> None:
+        """Drop the loaded model and free its memory; the next use loads it again."""
+        self.check_loadable()
         self.__dict__.pop("model", None)
+        clear_device_cache(garbage_collection=True)
 
 
 def _load(auto_class: type, name: str, options: Mapping[str, Any]) -> Any:

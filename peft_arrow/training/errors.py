@@ -31,4 +31,13 @@ class TrainingFailed(RuntimeError):
 
 
 # What a task may fail with while the next one is still worth trying; anything else is a fault of the program.
-TASK_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+TASK_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoints import newest_checkpoint
 from .errors import NotFinite
 from .reading import without_bars
 
@@ -64,9 +64,11 @@ def fit(
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     collator: Callable | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    checkpoint: Path | None = None,
     whole: bool = False,
+    writes: bool = True,
 ) -> Outcome:
-    """Train, from the newest whole checkpoint in `arguments.output_dir` where there is one.
+    """Train, from a checkpoint where there is one.
 
     Args:
         model (`PeftModel`): with the adapter that is trained.
@@ -76,12 +78,14 @@ def fit(
         on_step (`Callable`): called with (step, all steps).
         collator (`Callable`, *optional*): in the place of TRL's.
         optimizer (`torch.optim.Optimizer`, *optional*): in the place of the one that the arguments name.
+        checkpoint (`Path`, *optional*): of the same training, to continue from.
         whole (`bool`): gather the trained weights of a sharded model.
+        writes (`bool`): this process writes the adapter of a checkpoint; of those that train together only one does.
 
     Raises:
         NotFinite: the loss or the gradient is NaN or infinite.
     """
-    model.save_pretrained = _without_embeddings(model.save_pretrained)
+    model.save_pretrained = _quiet(model.save_pretrained, writes)
     with without_bars():
         trainer = SFTTrainer(
             model=model,
@@ -93,14 +97,26 @@ def fit(
             callbacks=[Watch(on_step)],
         )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = newest_checkpoint(Path(arguments.output_dir))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    tensors = trainer.accelerator.get_state_dict(trainer.model) if whole else None
+    tensors = _gathered(trainer) if whole else None
     return Outcome(state.global_step, int(state.num_input_tokens_seen), losses, tensors)
 
 
-def _without_embeddings(save: Callable) -> Callable:
-    """PEFT's default asks the Hub for the base's config, to see whether its vocabulary changed."""
-    return lambda *args, **kwargs: save(*args, **{"save_embedding_layers": False, **kwargs})
+def _gathered(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
+    """The whole tensors of a sharded model, on the CPU of the first process; of FSDP2 only those that were trained."""
+    accelerator = trainer.accelerator
+    if not accelerator.is_fsdp2:
+        return accelerator.get_state_dict(trainer.model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(trainer.model, options=options)
+
+
+def _quiet(save: Callable, writes: bool) -> Callable:
+    """PEFT's default asks the Hub for the base's config, to see whether its vocabulary changed.
+
+    Under FSDP the trainer has every process write the adapter, into one file.
+    """
+    fixed = {"save_embedding_layers": False, **({} if writes else {"is_main_process": False})}
+    return lambda *args, **kwargs: save(*args, **{**fixed, **kwargs})

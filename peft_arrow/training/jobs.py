@@ -16,9 +16,9 @@ from trl import SFTConfig
 
 from ..library.folders import new_folder
 from .base import Base, kept_random_state, lent
-from .checkpoints import checkpoints_of, prepare_checkpoints
+from .checkpoints import checkpoints_of, newest_checkpoint, prepare_checkpoints
 from .data import Examples, check_lengths
-from .fitting import fit
+from .fitting import Outcome, fit
 from .processes import Processes
 from .recipe import INIT_SEED, lora_arguments, sft_arguments, telling
 from .record import TrainingRecord, check_unchanged
@@ -102,41 +102,61 @@ def train_job(
         NotFinite: the loss or the gradient is NaN or infinite.
     """
     started = time.monotonic()
-    with kept_random_state(), lent(base.model) as model, processes.alone():
-        set_seed(plan.init_seed)
-        peft_model = get_peft_model(model, with_targets(job.lora, model))
-        try:
-            if processes.is_alone_or_main:
-                prepare_checkpoints(Path(job.arguments.output_dir), job.identity)
-            arguments = processes.localised(job.arguments)
-            outcome = fit(
-                peft_model,
-                base.tokenizer,
-                job.examples.dataset,
-                arguments,
-                on_step=on_step,
-                whole=processes.together,
-                **job.more(peft_model),
-            )
-            record = TrainingRecord(
-                name=job.name,
-                tasks=list(job.examples.tasks),
-                identity=job.identity,
-                steps=outcome.steps,
-                tokens=outcome.tokens,
-                rows=len(job.examples.dataset),
-                seconds=round(time.monotonic() - started, 2),
-                losses=outcome.losses,
-                target_modules=sorted(peft_model.peft_config["default"].target_modules),
-                sources=list(job.examples.sources),
-            )
-            if processes.is_alone_or_main:
-                write_expert(peft_model, record, job.folder, outcome.tensors)
-        finally:
-            peft_model.unload()
-    if processes.together:
-        base.forget()  # sharding replaced its weights
+    try:
+        with kept_random_state(), lent(base.model) as model, processes.alone():
+            set_seed(plan.init_seed)
+            peft_model = get_peft_model(model, with_targets(job.lora, model))
+            try:
+                outcome = fit(
+                    peft_model,
+                    base.tokenizer,
+                    job.examples.dataset,
+                    processes.localised(job.arguments),
+                    on_step=on_step,
+                    checkpoint=checkpoint_for(job, processes),
+                    whole=processes.together,
+                    writes=processes.is_alone_or_main,
+                    **job.more(peft_model),
+                )
+                record = record_of(job, outcome, peft_model, time.monotonic() - started)
+                if processes.is_alone_or_main:
+                    write_expert(peft_model, record, job.folder, outcome.tensors)
+            finally:
+                peft_model.unload()
+    finally:
+        if processes.together:
+            base.forget()  # sharding replaced its weights
     return record
+
+
+def checkpoint_for(job: Job, processes: Processes) -> Path | None:
+    """The checkpoint to continue from; of processes that train together the first one looks, and all take its answer.
+
+    A checkpoint is of as many processes as the trainer writes it with, so that after a change of their number the
+    expert is trained anew.
+    """
+    folder, found = Path(job.arguments.output_dir), None
+    if processes.is_alone_or_main:
+        shared = {"processes": processes.count} if processes.together else {}
+        prepare_checkpoints(folder, {**job.identity, **shared})
+        found = newest_checkpoint(folder)
+    return processes.from_main(found) if processes.together else found
+
+
+def record_of(job: Job, outcome: Outcome, model: PeftModel, seconds: float) -> TrainingRecord:
+    """What is written beside the weights."""
+    return TrainingRecord(
+        name=job.name,
+        tasks=list(job.examples.tasks),
+        identity=job.identity,
+        steps=outcome.steps,
+        tokens=outcome.tokens,
+        rows=len(job.examples.dataset),
+        seconds=round(seconds, 2),
+        losses=outcome.losses,
+        target_modules=sorted(model.peft_config["default"].target_modules),
+        sources=list(job.examples.sources),
+    )
 
 
 def write_expert(model: PeftModel, record: TrainingRecord, folder: Path, tensors: Mapping | None = None) -> None:

@@ -70,8 +70,13 @@ def train_poly(
         n_splits (`int`): parts of a layer's features with weights of their own.
 
     Raises:
-        ValueError: rows or configs are bad, or it was trained in another way before.
+        ValueError: rows or configs are bad, it was trained in another way before, or the launch shards the base.
     """
+    if processes.together:
+        raise ValueError(
+            "kinds 'poly' and 'mhr' cannot be trained under FSDP or DeepSpeed: they bring an optimizer of their own, "
+            "which the trainer refuses for a sharded model; launch without them, or choose another kind."
+        )
     job = _plan_poly(base, parts, folder / MODEL_NAME, plan, steps, n_skills, n_splits)
     reasons = []
     if processes.from_main(finished(job, plan.overwrite) is None):

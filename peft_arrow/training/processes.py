@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,14 +13,22 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType
 from accelerate.utils.environment import parse_flag_from_env
 from trl import SFTConfig
 
 
 # One process may wait for another's last expert longer than a collective usually takes.
 PATIENCE = timedelta(days=14)
+# Processes that train together come to the end of an expert within the time that one of them takes to write it.
+FOLLOW = timedelta(minutes=5)
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@functools.cache
+def _group(world: Any, timeout: timedelta) -> Any:
+    """A group for what processes tell each other, on CPUs, whatever backend and timeout `world` was made with."""
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 class Processes:
@@ -30,12 +39,12 @@ class Processes:
     """
 
     def __init__(self) -> None:
-        in_launch = int(os.environ.get("WORLD_SIZE", 1)) > 1
-        options = {"timeout": PATIENCE} if in_launch and not torch.distributed.is_initialized() else {}
         on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        self.state = PartialState(cpu=on_cpu, **options)
+        self.state = PartialState(cpu=on_cpu)
         self.count = self.state.num_processes
         self.together = any(parse_flag_from_env(name) for name in SHARDED)
+        groups = [_group(torch.distributed.group.WORLD, limit) for limit in (PATIENCE, FOLLOW) if self.count > 1]
+        self._patient, self._prompt = groups or (None, None)
 
     @property
     def is_main(self) -> bool:
@@ -58,23 +67,53 @@ class Processes:
         """The items of all processes, in their order; waits for all."""
         if self.count == 1:
             return items
-        everyone = gather_object(items)
-        return items if self.together else everyone
+        everyone: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(everyone, items, group=self._patient)
+        return items if self.together else [item for part in everyone for item in part]
 
     def from_main(self, item: Any) -> Any:
         """What the main process passed; waits for it."""
-        return item if self.count == 1 else broadcast_object_list([item])[0]
+        if self.count == 1:
+            return item
+        told = [item]
+        torch.distributed.broadcast_object_list(told, src=0, group=self._patient)
+        return told[0]
+
+    def agreed(self, reason: str | None) -> str | None:
+        """Why an expert failed, the same on all processes that train it together; each tells its own reason or None.
+
+        Raises:
+            RuntimeError: others did not come to the expert's end in time, because they wait inside the trainer for
+                this one; the launcher ends them when this process ends.
+        """
+        if self.count == 1 or not self.together:
+            return reason
+        everyone: list[Any] = [None] * self.count
+        try:
+            torch.distributed.all_gather_object(everyone, reason, group=self._prompt)
+        except RuntimeError as error:
+            told = f"failed ({reason})" if reason else "finished"
+            raise RuntimeError(
+                f"process {self.state.process_index} {told}, and another one did not within {FOLLOW}; all are ended, "
+                "and a restart trains what is missing."
+            ) from error
+        return next((told for told in everyone if told is not None), None)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Work as a process without others: trainers made inside neither average gradients nor wait."""
-        if self.count == 1 or self.together:
+        """Train as a process without others: trainers made inside neither average gradients nor wait.
+
+        Processes that train together stay together. In both cases accelerate's state is as before afterwards, so that
+        every expert meets the same one: a trainer leaves its FSDP or DeepSpeed plugin in it.
+        """
+        if self.count == 1 and not self.together:
             yield
             return
         world = dict(PartialState._shared_state)
         single = {"distributed_type": DistributedType.NO, "num_processes": 1, "process_index": 0, "backend": None}
+        inside = {} if self.together else {**single, "local_process_index": 0}
         AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._shared_state.update({**world, **single, "local_process_index": 0})
+        PartialState._shared_state.update({**world, **inside})
         try:
             yield
         finally:
@@ -82,11 +121,37 @@ class Processes:
             PartialState._shared_state.update(world)
 
     def localised(self, arguments: SFTConfig) -> SFTConfig:
-        """The arguments for a trainer inside `alone`: this process's own device, and no others."""
-        if self.count == 1 or self.together:
-            return arguments
+        """The arguments for a trainer inside `alone`: this process's own device and no others, or its share of a step.
+
+        Raises:
+            ValueError: the rows of a step cannot be divided; see `share_of_step`.
+        """
         local = copy.copy(arguments)
-        local.distributed_state = PartialState()
-        local.__dict__["_setup_devices"] = local.distributed_state.device
-        local._n_gpu = 0 if local.distributed_state.device.type == "cpu" else 1
+        if self.together:
+            local.per_device_train_batch_size, local.gradient_accumulation_steps = self.share_of_step(arguments)
+        elif self.count > 1:
+            local.distributed_state = PartialState()
+            local.__dict__["_setup_devices"] = local.distributed_state.device
+            local._n_gpu = 0 if local.distributed_state.device.type == "cpu" else 1
+        else:
+            local._n_gpu = min(arguments.n_gpu, 1)  # without a launch the trainer would spread a step over all GPUs
         return local
+
+    def share_of_step(self, arguments: SFTConfig) -> tuple[int, int]:
+        """The batch size and accumulation of one of the processes that train together: a step keeps its rows.
+
+        Fewer accumulations come first, because their batches are those of one process.
+
+        Raises:
+            ValueError: the number of processes does not divide the rows of a step in this way.
+        """
+        size, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        fewer = math.gcd(passes, self.count)
+        smaller = self.count // fewer
+        if size % smaller:
+            raise ValueError(
+                f"per_device_train_batch_size={size} times gradient_accumulation_steps={passes} rows a step cannot be "
+                f"divided over the {self.count} processes that train each expert together; choose a "
+                f"gradient_accumulation_steps that is a multiple of {self.count}."
+            )
+        return size // smaller, passes // fewer

@@ -114,7 +114,11 @@ def train_stage(
 
 
 def try_job(base: Base, job: Job, plan: Plan, processes: Processes, progress: bool) -> str | None:
-    """Train one expert and tell in one line what came of it; returns why it failed, or None."""
+    """Train one expert and tell in one line what came of it; returns why it failed, or None.
+
+    Raises:
+        RuntimeError: of processes that train it together only some failed; see `Processes.agreed`.
+    """
     with tqdm(desc=job.name, unit="step", leave=False, disable=not (progress and processes.is_main)) as bar:
         try:
             record = train_job(base, job, plan, processes, moved(bar))
@@ -124,6 +128,6 @@ def try_job(base: Base, job: Job, plan: Plan, processes: Processes, progress: bo
             reason, line = f"{type(error).__name__}: {told}", f"{job.name}: failed, {told}"
         else:
             reason, line = None, record.told()
-    if progress:
+    if progress and processes.is_alone_or_main:
         tqdm.write(line, file=sys.stderr)
-    return reason
+    return processes.agreed(reason)

@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from tests.pico import pico_base, pico_tokenizer
@@ -31,19 +32,38 @@ def base_in(folder: Path) -> str:
     return str(folder / "my-base")
 
 
-def main(root: str, output: str, kind: str) -> None:
-    """Build in a process of its own, for tests that kill it or launch several."""
+class Crash(Exception):
+    """No error that a task may fail with."""
+
+
+def _crash() -> None:
+    raise Crash("a fault of the program")
+
+
+def _slow() -> None:
+    print("trains as", os.getpid(), flush=True)
+    time.sleep(300)
+
+
+FAULTS = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "crash": _crash, "slow": _slow}
+
+
+def main(root: str, output: str, kind: str, tasks: str = "4", clusters: str = "2") -> None:
+    """Build in a process of its own, for tests that kill it or launch several.
+
+    `FAULT` and `FAULT_IN_RANK` in the environment say what happens there in the place of the first training.
+    """
     from peft_arrow import train_library
 
-    if os.environ.get("DIE_IN_RANK") == os.environ.get("RANK", "0"):
+    if os.environ.get("FAULT_IN_RANK") == os.environ.get("RANK", "0"):
         jobs = importlib.import_module("peft_arrow.training.jobs")
-        jobs.fit = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+        jobs.fit = lambda *arguments, **options: FAULTS[os.environ["FAULT"]]()
     library = train_library(
         str(Path(root) / "my-base"),
-        TASKS,
+        {task: TASKS[task] for task in list(TASKS)[: int(tasks)]},
         kind=kind,
         output_dir=Path(root) / output,
-        n_clusters=2,
+        n_clusters=int(clusters),
         steps=15,
         sft_config=QUICK,
     )

@@ -28,8 +28,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
 
 
-def start(root: Path, output: str, log: Path, launcher: tuple[str, ...] = (), **more: str) -> subprocess.Popen:
-    words = [sys.executable, *launcher, str(Path(data.__file__)), str(root), output, "mbc"]
+def start(
+    root: Path, output: str, log: Path, launcher: tuple[str, ...] = (), sizes: tuple[str, ...] = (), **more: str
+) -> subprocess.Popen:
+    words = [sys.executable, *launcher, str(Path(data.__file__)), str(root), output, "mbc", *sizes]
     with log.open("a") as file:
         return subprocess.Popen(words, env={**environment(), **more}, stdout=file, stderr=file, start_new_session=True)
 
@@ -38,10 +40,10 @@ def finish(process: subprocess.Popen, log: Path) -> None:
     assert process.wait(timeout=240) == 0, log.read_text()[-4000:]
 
 
-def launcher(root: Path) -> tuple[str, ...]:
+def launcher(root: Path, processes: int = 2) -> tuple[str, ...]:
     config = {"compute_environment": "LOCAL_MACHINE", "use_cpu": True, "num_machines": 1, "mixed_precision": "no"}
     path = root / "launch.json"
-    path.write_text(json.dumps({**config, "num_processes": 2, "distributed_type": "MULTI_GPU"}))
+    path.write_text(json.dumps({**config, "num_processes": processes, "distributed_type": "MULTI_GPU"}))
     return ("-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", str(free_port()))
 
 
@@ -104,12 +106,15 @@ def test_killed_builds_give_the_same_library(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_library_of_one(tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "sizes"), [(2, ("4", "2")), (3, ("2", "1"))], ids=["all-work", "some-have-nothing-to-do"]
+)
+def test_several_processes_give_the_library_of_one(processes, sizes, tmp_path):
     base_in(tmp_path)
-    one, two = tmp_path / "one.log", tmp_path / "two.log"
-    finish(start(tmp_path, "one", one), one)
-    finish(start(tmp_path, "two", two, launcher(tmp_path)), two)
-    same(tmp_path / "one", tmp_path / "two")
+    one, many = tmp_path / "one.log", tmp_path / "many.log"
+    finish(start(tmp_path, "one", one, sizes=sizes), one)
+    finish(start(tmp_path, "many", many, launcher(tmp_path, processes), sizes), many)
+    same(tmp_path / "one", tmp_path / "many")
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_a_process_that_dies_is_told_and_its_tasks_are_trained_on_restart(tmp_pa
     """The second of two processes kills itself when it starts an expert; the launcher says so."""
     base_in(tmp_path)
     work, log = tmp_path / "library-training", tmp_path / "log"
-    process = start(tmp_path, "library", log, launcher(tmp_path), DIE_IN_RANK="1")
+    process = start(tmp_path, "library", log, launcher(tmp_path), FAULT="kill", FAULT_IN_RANK="1")
     assert process.wait(timeout=240) != 0
     assert "SIGKILL" in log.read_text() or "exitcode  : -9" in log.read_text()
     before = finished(work)
@@ -125,3 +130,33 @@ def test_a_process_that_dies_is_told_and_its_tasks_are_trained_on_restart(tmp_pa
     finish(start(tmp_path, "library", log, launcher(tmp_path)), log)
     assert {name: finished(work)[name] for name in before} == before
     assert len(AdapterLibrary.from_pretrained(tmp_path / "library")) == 2
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_program_in_one_process_ends_the_launch(tmp_path):
+    """The other process trains, or waits for this one, which would last for days."""
+    base_in(tmp_path)
+    log = tmp_path / "log"
+    process = start(tmp_path, "library", log, launcher(tmp_path), FAULT="crash", FAULT_IN_RANK="1")
+    assert process.wait(timeout=120) != 0
+    assert "Crash: a fault of the program" in log.read_text()
+    assert not (tmp_path / "library").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes(tmp_path):
+    """One trains and the other waits for it."""
+    base_in(tmp_path)
+    log, private = tmp_path / "log", tmp_path / "library-training/private"
+    process = start(tmp_path, "library", log, launcher(tmp_path), FAULT="slow", FAULT_IN_RANK="1")
+    wait_until(
+        lambda started: "trains as" in log.read_text() and len(list(private.glob("[!.]*/training.json"))) == 2,
+        process,
+        time.monotonic(),
+    )
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    trains = int(log.read_text().partition("trains as ")[2].split()[0])
+    with pytest.raises(ProcessLookupError):
+        os.kill(trains, 0)

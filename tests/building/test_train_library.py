@@ -113,6 +113,42 @@ def test_a_failing_task_stops_nothing_else(base_folder, tmp_path, monkeypatch, c
     assert len(trained) == 1 and "task2" in trained[0]
 
 
+def test_a_task_without_memory_stops_nothing_else(base_folder, tmp_path, monkeypatch):
+    real = sys.modules["peft_arrow.training.jobs"].fit
+
+    def fit(model, tokenizer, dataset, arguments, **options):
+        if "task0." in arguments.output_dir:
+            raise MemoryError
+        return real(model, tokenizer, dataset, arguments, **options)
+
+    monkeypatch.setattr("peft_arrow.training.jobs.fit", fit)
+    datasets = {task: TASKS[task] for task in ("task0", "task1")}
+    with pytest.raises(TrainingFailed, match="task0: MemoryError") as caught:
+        build(base_folder, tmp_path / "library", datasets)
+    assert list(caught.value.library) == ["task1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"kind": "poly"}, "kinds 'poly' and 'mhr' cannot be trained under FSDP or DeepSpeed"),
+        ({"base": "a model"}, "under FSDP or DeepSpeed pass its Hub id or folder"),
+    ],
+)
+def test_what_a_sharded_base_cannot_do_is_refused(options, told, base_folder, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if "base" in options:
+        options = {"base": pico_base(), "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match=told):
+        build(**{"base": base_folder, "folder": tmp_path / "library", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["my-base"]
+
+
+def test_sharding_is_accelerates(base_folder, tmp_path):
+    with pytest.raises(ValueError, match="sft_config has fsdp=True; give it in accelerate's config"):
+        build(base_folder, tmp_path / "library", sft_config={**QUICK, "fsdp": True})
+
+
 def test_a_task_whose_loss_is_nan_is_left_out_of_the_clusters(base_folder, tmp_path, monkeypatch):
     real = sys.modules["peft_arrow.training.jobs"].fit
 
