@@ -4,14 +4,14 @@
     python examples/benchmarks/library_kinds.py tasks/*.jsonl --output kinds --only private shared
     python examples/benchmarks/library_kinds.py --smoke                           # a pico base and made-up tasks
 
-Each file is a task: rows of `instruction`, `input` and `output`, with a `split` of "train" or "eval". Every kind of library
-is built by `train_library` with the same number of optimizer steps in all. Then each task's eval rows are judged
+Each file is a task: rows of `instruction`, `input` and `output`, with a `split` of "train" or "eval". Every kind of
+library is built by `train_library` with the same number of optimizer steps in all. Then each task's eval rows are judged
 
     with its own expert     the expert that was trained on the task: nothing is chosen, so the kinds can be compared
     with routing            Arrow and uniform over all experts of the library, for `private` and `mbc`
 
-beside the base alone. `random` is repeated with other partitions. What was judged is kept in --output and not judged again;
-several processes may work on different kinds at the same time, and a last call without --only prints the table.
+beside the base alone. `random` is repeated with other partitions. What was judged is kept in --output and not judged
+again; several processes may work on different kinds at the same time, and a last call without --only prints the table.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Bench:
     def __init__(self, args: argparse.Namespace, root: Path) -> None:
         self.args, self.root = args, root
         self.model, self.tokenizer = load_base(args.base)
+        self.model.to(getattr(torch, args.dtype))
         self.files = {Path(file).stem: Path(file) for file in args.files}
         self.eval_rows = {task: read_rows(path, "eval")[: args.rows] for task, path in self.files.items()}
         self.category = {task: read_rows(path, "eval")[0].get("category", task) for task, path in self.files.items()}
 
     def library(self, kind: str, seed: int) -> AdapterLibrary:
         """The library of a kind, trained now if it is not there."""
-        recipe = {"learning_rate": self.args.lr, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+        recipe = {"per_device_train_batch_size": self.args.batch_size, "gradient_accumulation_steps": 1}
         return train_library(
             self.model,
             self.files,
@@ -62,7 +63,7 @@ class Bench:
             n_clusters=self.args.clusters,
             steps=self.args.steps,
             seed=seed,
-            sft_config={**recipe, "max_length": 256},
+            sft_config={**recipe, "learning_rate": self.args.lr, "max_length": 256},
             output_dir=self.root / f"{kind}-{seed}",
         )
 
@@ -193,7 +194,8 @@ def report(bench: Bench) -> str:
         kind, _, rest = file.stem.removeprefix("losses-").partition("-")
         router = rest.partition("-")[2]
         found.setdefault(f"{kind}, {router}" if router else kind, []).append(json.loads(file.read_text()))
-    order = [*("base", "private", "shared", "random", "mbc"), *(f"{k}, {r}" for k in ROUTED for r in ("uniform", "arrow"))]
+    own = ["base", "private", "shared", "random", "mbc"]
+    order = own + [f"{kind}, {router}" for kind in ROUTED for router in ("uniform", "arrow")]
     runs = {name: found[name] for name in order if name in found}
     columns = {name: task_means(averaged(several)) for name, several in runs.items()}
     lines = ["| task | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
@@ -256,9 +258,11 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="one .jsonl file a task")
     parser.add_argument("--base", help="folder or Hub id (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--clusters", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40, help="a task brings into every budget (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the base")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=24, help="a task brings into every budget (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=50, help="eval rows a task (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=40, help="eval rows a task (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="partitions of `random` (default: %(default)s)")
     parser.add_argument("--only", nargs="+", help="build and judge only these: base, private, random-1 ...")
     parser.add_argument("--no-route", dest="route", action="store_false", help="judge own experts only")
