@@ -5,7 +5,7 @@
     python examples/benchmarks/library_kinds.py --smoke                           # a pico base and made-up tasks
 
 Each file is a task: rows of `instruction`, `input` and `output`, with a `split` of "train" or "eval". Every kind of
-library is built by `train_library` with the same number of optimizer steps in all. Then each task's eval rows are judged
+library is built by `train_library` with the same number of optimizer steps in all. Then the eval rows are judged
 
     with its own expert     the expert that was trained on the task: nothing is chosen, so the kinds can be compared
     with routing            Arrow and uniform over all experts of the library, for `private` and `mbc`
