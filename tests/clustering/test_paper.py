@@ -77,7 +77,8 @@ def test_fewer_different_adapters_than_clusters():
     """k-means leaves clusters empty then; none of ours is."""
     library, _ = planted(2, 2, 1, shared_start=True, one_rank=True)
     first, second = library.values()
-    copies = {f"{one.name}-{copy}": replace(one, name=f"{one.name}-{copy}") for one in (first, second) for copy in "ab"}
+    named = {f"{one.name}-{copy}": one for one in (first, second) for copy in "ab"}
+    copies = {name: replace(one, name=name) for name, one in named.items()}
     found = MBCClusterer(3, embedding="paper").fit(AdapterLibrary(copies))
     assert found.n_clusters_ == len(found.clusters_) == 2
     assert all(found.clusters_.values())
