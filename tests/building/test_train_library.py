@@ -137,7 +137,7 @@ def test_a_task_whose_loss_is_nan_is_left_out_of_the_clusters(base_folder, tmp_p
         ({"kind": "mcb"}, "kind='mcb' is unknown; allowed are"),
         ({"kind": "mbc", "n_clusters": 5}, "n_clusters=5 is not allowed for 4 tasks; it must be 1 to 4, or 'auto'"),
         ({"kind": "random", "n_clusters": "auto"}, "n_clusters='auto' is not allowed"),
-        ({"steps": 1}, "steps=1 is not allowed"),
+        ({"kind": "mbc", "steps": 1}, "steps=1 is not allowed; a task needs at least 2, one for each stage"),
         ({"datasets": {}}, "datasets is empty"),
         ({"datasets": {"a/b": TASKS["task0"]}}, "expert name 'a/b' is not allowed"),
         ({"datasets": {**TASKS, "chats": [{"text": "a"}]}}, "datasets are of different kinds"),
