@@ -14,7 +14,9 @@ from ..training.data import Examples
 PRIVATE_SHARE = Fraction(2, 5)
 
 
-def steps_of_tasks(parts: Mapping[str, Examples], arguments: SFTConfig, steps: int | None) -> dict[str, int]:
+def steps_of_tasks(
+    parts: Mapping[str, Examples], arguments: SFTConfig, steps: int | None, least: int = 2
+) -> dict[str, int]:
     """The steps that each task brings into the budget.
 
     Args:
@@ -22,16 +24,18 @@ def steps_of_tasks(parts: Mapping[str, Examples], arguments: SFTConfig, steps: i
         arguments (`SFTConfig`): for the epochs and the rows of a step, where `steps` is not given.
         steps (`int`, *optional*): the same number for every task; otherwise `max_steps` of the arguments if it is
             positive, or else their epochs over the task's rows.
+        least (`int`): the fewest for a task: 2 where it is trained in two stages.
 
     Raises:
-        ValueError: fewer than two steps for a task.
+        ValueError: fewer steps than that for a task.
     """
     fixed = steps if steps is not None else arguments.max_steps if arguments.max_steps > 0 else None
-    if fixed is not None and fixed < 2:
-        raise ValueError(f"steps={fixed} is not allowed; a task needs at least 2, one for each stage.")
+    if fixed is not None and fixed < least:
+        stages = ", one for each stage" if least > 1 else ""
+        raise ValueError(f"steps={fixed} is not allowed; a task needs at least {least}{stages}.")
     rows_a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     return {
-        task: fixed or max(2, math.ceil(arguments.num_train_epochs * math.ceil(len(part.dataset) / rows_a_step)))
+        task: fixed or max(least, math.ceil(arguments.num_train_epochs * math.ceil(len(part.dataset) / rows_a_step)))
         for task, part in parts.items()
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..training.data import Examples, joined
@@ -28,6 +29,7 @@ class Options:
 
 
 DEFAULTS = Options()
+MISSING_NAME = "missing.json"
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,46 @@ class Build:
     seed: int
     options: Options = DEFAULTS
 
-    def train(self, name: str, parts: Mapping[str, Examples], steps: Mapping[str, int]) -> Stage:
-        """Train a stage's experts in a folder of its name."""
+    def train(
+        self, name: str, parts: Mapping[str, Examples], steps: Mapping[str, int], overwrite: bool = False
+    ) -> Stage:
+        """Train a stage's experts in a folder of its name; `overwrite`: those again that changed since."""
         setup, folder = self.setup, self.folder / name
+        plan = replace(setup.plan, overwrite=setup.plan.overwrite or overwrite)
         return train_stage(
-            name, setup.base, parts, folder, setup.plan, setup.processes, steps=steps, progress=setup.progress
+            name, setup.base, parts, folder, plan, setup.processes, steps=steps, progress=setup.progress
         )
 
-    def train_groups(self, groups: Mapping[str, list[str]], steps: Mapping[str, int]) -> Stage:
-        """Train one expert for each group of tasks."""
+    def train_groups(
+        self, groups: Mapping[str, list[str]], steps: Mapping[str, int], missing: Iterable[str] = ()
+    ) -> Stage:
+        """Train one expert for each group of tasks.
+
+        Args:
+            groups (`Mapping[str, list[str]]`): expert -> its tasks.
+            steps (`Mapping[str, int]`): of each task.
+            missing (`Iterable[str]`):
+                tasks that failed and are in no group. A later run in which others are missing, or none, makes other
+                groups and trains their experts again.
+        """
         joint = {group: joined(group, [self.parts[task] for task in tasks]) for group, tasks in groups.items()}
-        return self.train("clusters", joint, steps_of_groups(groups, steps))
+        mark, missing = self.folder / MISSING_NAME, sorted(missing)
+        changed = self.setup.processes.from_main(_was_missing(mark) not in (None, missing))
+        if missing and self.setup.processes.is_main and not changed:
+            mark.write_text(json.dumps(missing), encoding="utf-8")
+        stage = self.train("clusters", joint, steps_of_groups(groups, steps), overwrite=changed)
+        if changed and self.setup.processes.is_main and not stage.failures:
+            mark.write_text(json.dumps(missing), encoding="utf-8")
+        return stage
+
+
+def _was_missing(mark: Path) -> list[str] | None:
+    try:
+        return json.loads(mark.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:  # cut short, so it is not known: as if others had been
+        return [""]
 
 
 @dataclass(frozen=True)
@@ -71,3 +102,8 @@ class Built:
 
     stages: list[Stage]
     groups: dict[str, list[str]]
+
+    @property
+    def failed_before(self) -> dict[str, str]:
+        """What failed in the stages before the last, and why."""
+        return {name: reason for stage in self.stages[:-1] for name, reason in stage.failures.items()}

@@ -31,14 +31,18 @@ def build_mbc(build: Build) -> Built:
     """Private adapters for 40 % of the steps, clustered by their weights; an expert for each cluster for the rest."""
     first = {task: private_share(steps) for task, steps in build.steps.items()}
     private = build.train("private", build.parts, first)
-    groups = None
+    groups, reason = None, None
     if build.setup.processes.is_main and private.records:
-        groups = cluster(private, build)
-    groups = build.setup.processes.from_main(groups)
+        try:
+            groups = cluster(private, build)
+        except ValueError as error:  # fewer finished than clusters, or one that learnt nothing
+            reason = str(error)
+    groups, reason = build.setup.processes.from_main((groups, reason))
     if groups is None:
-        return Built([private], {})
+        failures = {} if reason is None else {"clusters": reason}
+        return Built([private, Stage("clusters", build.folder / "clusters", {}, failures)], {})
     rest = {task: build.steps[task] - first[task] for task in private.records}
-    return Built([private, build.train_groups(groups, rest)], groups)
+    return Built([private, build.train_groups(groups, rest, private.failures)], groups)
 
 
 def cluster(private: Stage, build: Build) -> dict[str, list[str]]:

@@ -33,27 +33,27 @@ def train_library(
 ) -> AdapterLibrary:
     """Build a library of experts from data sets.
 
-    Every kind takes the same number of optimizer steps in all, which is `steps` times the number of tasks; `mbc` takes
-    40 % of them for the private adapters and 60 % for the clusters' experts, which are trained from scratch.
+    Every kind takes the same number of optimizer steps, `steps` times the number of tasks; `mbc` takes 40 % of them
+    for the private adapters and 60 % for the clusters' experts, which are trained from scratch.
 
     Args:
-        base: as in `train_adapter`, and so are `sft_config`, `lora_config`, `init_seed`, `tokenizer`,
-            `base_model_kwargs`, `overwrite` and `progress`.
+        base: as in `train_adapter`, and so are all arguments that are not told here.
         datasets: task name -> rows; or a folder with one file a task, or a list of files and Hub ids.
-        kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly`, `mhr`; see `KINDS`.
+        kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly`, `mhr`.
         output_dir (`str` or `PathLike`): the library's folder; it appears when the library is complete. The experts of
             all stages are kept in `<output_dir>-training/`, where the next run finds what is finished.
         n_clusters (`int` or `"auto"`): for the clustered kinds; `"auto"` for `mbc` only.
         steps (`int`, *optional*): optimizer steps a task; by default `max_steps` or the epochs of `sft_config`.
         seed (`int`): of partitions and clustering; that of training is in `sft_config`.
-        made (`Mapping`, *optional*): more for the card's part on how it was made, such as `command`.
-        options (`Options`): what single kinds take: the embedding of MBC, skills and splits of Poly and MHR.
+        made (`Mapping`, *optional*): more for the card's part on how it was made.
+        options (`Options`): of single kinds: the embedding of MBC, skills and splits of Poly and MHR.
 
     Returns:
         `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage.
 
     Raises:
         ValueError: an unknown kind, more clusters than tasks, bad rows or configs; nothing is trained then.
+        OSError: the Hub cannot be reached, or the disk is full; what is finished stays.
         TrainingFailed: some experts failed; all others are finished and saved.
     """
     if kind not in KINDS:
@@ -62,17 +62,19 @@ def train_library(
     check_named(setup.base)
     if kind in CLUSTERED:
         check_clusters(n_clusters, kind, len(parts))
-    budget = steps_of_tasks(parts, sft_arguments(setup.plan.sft_config, work_folder(target)), steps)
-    build = Build(setup, parts, budget, work_folder(target), n_clusters, seed, options)
+    work = work_folder(target)
+    budget = steps_of_tasks(parts, sft_arguments(setup.plan.sft_config, work), steps, 2 if kind == "mbc" else 1)
+    build = Build(setup, parts, budget, work, n_clusters, seed, options)
     built = KINDS[kind](build)
     told = {**told_of_build(kind, build, built), **(made or {})}
-    earlier = {name: reason for stage in built.stages[:-1] for name, reason in stage.failures.items()}
-    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), earlier)
+    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), built.failed_before)
 
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
     """Refuse numbers of clusters that cannot be: each of the clustered kinds puts at least one task in a cluster."""
     if n_clusters == "auto" and kind == "mbc":
+        if tasks < 3:
+            raise ValueError(f"n_clusters='auto' is not allowed for {tasks} tasks; it needs at least 3.")
         return
     is_number = isinstance(n_clusters, int) and not isinstance(n_clusters, bool)
     if not is_number or n_clusters < 1 or (n_clusters > tasks and kind != "random_examples"):

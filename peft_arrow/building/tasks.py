@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..library.adapter import check_name, slug, unique_name
 from ..training.data import Examples, kind_of, read_examples
-from ..training.reading import BUILDERS, DatasetLike
+from ..training.reading import BUILDERS, SAVED_MARKS, DatasetLike
 
 
 TasksLike = Mapping[str, DatasetLike] | str | PathLike | Iterable[str | PathLike]
@@ -20,7 +20,8 @@ def read_tasks(datasets: TasksLike) -> dict[str, Examples]:
     Args:
         datasets:
             task name -> rows, in any form of `read_examples`; a folder in which every .jsonl file (or .json, .csv,
-            .parquet) is a task named by its stem; or a list of files, folders and Hub ids, named by their last part.
+            .parquet) is a task named by its stem, hidden ones left out; or a list of files, folders and Hub ids, named
+            by their last part.
 
     Raises:
         ValueError: no tasks, a name that is not allowed, bad rows, or tasks of different kinds of rows.
@@ -50,12 +51,19 @@ def sources_of(datasets: TasksLike) -> dict[str, DatasetLike]:
         path = Path(datasets).expanduser()
         if not path.is_dir():
             return {slug(path.stem if path.suffix in BUILDERS else path.name): datasets}
-        files = sorted(file for file in path.iterdir() if file.suffix in BUILDERS)
+        if any((path / mark).is_file() for mark in SAVED_MARKS):
+            return {slug(path.name): datasets}
+        files = sorted(file for file in path.iterdir() if file.suffix in BUILDERS and not file.name.startswith("."))
         if not files:
             raise ValueError(f"folder {str(path)!r} holds no data file of a task; allowed are {list(BUILDERS)}.")
         datasets = files
     named: dict[str, DatasetLike] = {}
     for source in datasets:
+        if not isinstance(source, (str, PathLike)):
+            raise ValueError(
+                f"datasets holds a {type(source).__name__}; a list is one of files, folders and Hub ids. Rows and "
+                "Datasets go in a dict: task name -> rows."
+            )
         last = Path(source).name
         stem = Path(source).stem if Path(source).suffix in BUILDERS else last
         named[unique_name(slug(stem), named)] = source

@@ -2,8 +2,14 @@
 
 import argparse
 import os
+import shlex
+import sys
 
-from ..library.hub import check_public_base
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..library.hub import check_public_base, check_push
+from ..library.library import AdapterLibrary
 from .library_config import with_config
 from .library_options import add_library_options, tell, train_from
 
@@ -32,10 +38,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Build with parsed arguments."""
     arguments, sections = with_config(arguments, add_arguments)
-    if arguments.push and arguments.base:
-        check_public_base(arguments.base, "give --base its Hub id, or build without --push and push later.")
+    is_main = os.environ.get("RANK", "0") == "0"
+    if arguments.private and not arguments.push:
+        raise ValueError("--private is for --push.")
+    if arguments.push and is_main:
+        _check(arguments)
     library, failures = train_from(arguments, sections, DEFAULT_KIND)
-    pushed = None
-    if arguments.push and library is not None and not failures and os.environ.get("RANK", "0") == "0":
-        pushed = library.push_to_hub(arguments.push, private=arguments.private, token=arguments.token).commit_url
-    tell(arguments, library, failures, pushed)
+    pushed, reason = None, None
+    if arguments.push and is_main and failures:
+        reason = "some experts failed"
+    elif arguments.push and is_main:
+        pushed, reason = _push(arguments, library)
+    tell(arguments, library, failures, pushed.commit_url if pushed else None, reason)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be known of the push before the training; a Hub that is away now may be back at its end."""
+    if arguments.base:
+        check_public_base(arguments.base, "give --base its Hub id, or build without --push and push later.")
+    try:
+        check_push(arguments.push, private=arguments.private, token=arguments.token)
+    except ConnectionError as error:
+        print(f"peft-arrow build: {error}; the library is built all the same, and pushed then.", file=sys.stderr)
+
+
+def _push(arguments: argparse.Namespace, library: AdapterLibrary) -> tuple[CommitInfo | None, str | None]:
+    """The commit, or why there is none and how to push later."""
+    try:
+        return library.push_to_hub(arguments.push, private=arguments.private, token=arguments.token), None
+    except (
+        ValueError,
+        *HfHubHTTPError.__bases__,
+    ) as error:  # of its bases one is a lost connection, the other OSError
+        words = ["peft-arrow", "push", arguments.output, arguments.push, *(["--private"] if arguments.private else [])]
+        return None, f"{' '.join(str(error).split())}\nPush it later: {shlex.join(words)}"

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 
+# Other names of options.
+ALIASES = {"out": "output"}
 # Sections of the YAML file with fields of TRL's and PEFT's own configs.
 SECTIONS = ("sft_config", "lora_config")
 
@@ -41,6 +43,7 @@ def with_config(arguments: argparse.Namespace, add_arguments: Any) -> tuple[argp
     words = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
+        name = ALIASES.get(name, name)
         if name not in known:
             raise ValueError(f"config {path!r} holds {key!r}, which is unknown; allowed are {known}.")
         if name in SECTIONS:

@@ -14,6 +14,7 @@ from .quickstart import at_least_1
 
 
 KINDS = ("private", "shared", "mbc", "random", "random_examples", "embedding", "poly", "mhr")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULTS = {"clusters": "10", "embedding": "delta", "seed": None}
 UNTOLD = ("config", "json", "push", "private", "token", "command")
 
@@ -21,10 +22,12 @@ UNTOLD = ("config", "json", "push", "private", "token", "command")
 def add_library_options(parser: argparse.ArgumentParser, default_kind: str) -> None:
     """The options of both commands; None is what was not given."""
     parser.add_argument("--base", help="folder or Hub id of the base model")
+    parser.add_argument("--base-revision", metavar="REV", help="branch, tag or commit of the base on the Hub")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the base (default: auto, that of its files)")
     parser.add_argument(
         "--data", nargs="+", metavar="DATA", help="a folder with one .jsonl a task, or files, folders and Hub ids"
     )
-    parser.add_argument("--output", help="folder of the library; work is kept beside it in <output>-training")
+    parser.add_argument("--output", "--out", help="folder of the library; work is kept beside it in <output>-training")
     parser.add_argument("--kind", choices=KINDS, help=f"what gets an expert (default: {default_kind})")
     parser.add_argument("--clusters", metavar="N", help="clusters, or auto with --kind mbc (default: 10)")
     parser.add_argument("--embedding", choices=("delta", "paper"), help="what mbc compares (default: delta)")
@@ -69,6 +72,7 @@ def train_from(
             steps=arguments.steps,
             options=Options(embedding=arguments.embedding or DEFAULTS["embedding"]),
             sft_config={**_sft(arguments), **sections["sft_config"]},
+            base_model_kwargs=_given(arguments, {"base_revision": "revision", "dtype": "dtype"}),
             lora_config={**_given(arguments, {"rank": "r", "alpha": "lora_alpha"}), **sections["lora_config"]},
             overwrite=bool(arguments.overwrite),
             made={"command": command_of(arguments)},
@@ -109,18 +113,26 @@ def tell(
     library: AdapterLibrary | None,
     failures: Mapping[str, str],
     pushed: str | None = None,
+    not_pushed: str | None = None,
 ) -> None:
     """Print what was made; of several processes the first one does.
 
+    Args:
+        arguments (`argparse.Namespace`): of the command.
+        library (`AdapterLibrary`, *optional*): what was made.
+        failures (`Mapping[str, str]`): expert -> why it failed.
+        pushed (`str`, *optional*): address of the commit.
+        not_pushed (`str`, *optional*): why it could not be pushed.
+
     Raises:
-        SystemExit: with code 1 where experts failed, after their reasons.
+        SystemExit: with code 1 where experts or the push failed, after the reasons.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     made = dict(library.notes.made) if library is not None else {}
     if arguments.json:
         report = {"output": arguments.output, "experts": list(library or ()), "made": made, "failed": dict(failures)}
-        print(json.dumps({**report, "pushed": pushed}, indent=1, ensure_ascii=False))
+        print(json.dumps({**report, "pushed": pushed, "not_pushed": not_pushed}, indent=1, ensure_ascii=False))
     else:
         for stage in made.get("stages", ()):
             told = f"{stage['experts']} experts, {stage['steps']:,} steps, {stage['tokens']:,} tokens"
@@ -129,6 +141,12 @@ def tell(
             print(f"{len(library)} experts for {library.base_model_name_or_path} are in {arguments.output}.")
         if pushed:
             print(f"Pushed: {pushed}")
+    told = []
     if failures:
         reasons = "\n".join(f"  {name}: {reason}" for name, reason in failures.items())
-        raise SystemExit(f"{len(failures)} failed; the same command trains only what is missing:\n{reasons}")
+        told.append(f"{len(failures)} failed; the same command trains only what is missing:\n{reasons}")
+    if not_pushed:
+        kept = "Nothing was pushed" if library is None else f"The library is kept in {arguments.output}, not pushed"
+        told.append(f"{kept}: {not_pushed}")
+    if told:
+        raise SystemExit("\n".join(told))

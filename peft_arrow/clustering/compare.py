@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
+from ..library.adapter import Adapter
+from ..library.delta import MANY
 from ..library.library import AdapterLibrary
 from .paper import paper_row_similarity, paper_similarity
 from .selection import ModuleChoice
@@ -16,6 +20,7 @@ from .sketch import DeltaSketch, sketch_adapters
 
 # `pairs="auto"`: up to here all pairs are compared exactly, beyond by sketches; docs/clustering.md has times.
 MOST_EXACT = 1000
+
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +52,13 @@ def compare_adapters(
         logger.info("pairs='auto' chose %r for %d adapters.", pairs, len(library))
     if pairs == "exact":
         return Compared(names, delta_similarity(library, choice), None)
-    features = sketch_adapters(library.values(), sketch)
+    features = sketch_adapters(shown(library), sketch)
     return Compared(names, row_similarity(features), features)
+
+
+def shown(library: AdapterLibrary) -> Iterable[Adapter]:
+    """The adapters, under a bar where they are many."""
+    return tqdm(library.values(), desc="Sketching", unit="adapter", leave=False, disable=len(library) < MANY)
 
 
 def compare_rows(rows: np.ndarray, *, embedding: str, sparsity: float, seed: int) -> Compared:
@@ -71,6 +81,6 @@ def centroids(
         sums = np.stack([compared.features[labels == label].sum(axis=0) for label in range(len(counts))])
     else:
         sums = np.zeros((len(counts), sketch.dim))
-        for adapter, label in zip(library.values(), labels, strict=True):
+        for adapter, label in zip(shown(library), labels, strict=True):
             sums[label] += sketch_adapters([adapter], sketch)[0]
     return (sums / counts[:, None]).astype(np.float32)

@@ -197,8 +197,9 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
             raise ValueError(f"datasets lacks {missing[0]!r}; it needs the data of every clustered adapter.")
         from ..training import train_groups
 
-        configs = {"sft_config": sft_config, "lora_config": lora_config}
-        self.library_ = train_groups(base, self.clusters_, datasets, output_dir=output_dir, **configs, **options)
+        made = {"made with": "MBCClusterer(...).fit(...).train_experts(...)", "clustering": self._made()}
+        options = {"sft_config": sft_config, "lora_config": lora_config, "made": made, **options}
+        self.library_ = train_groups(base, self.clusters_, datasets, output_dir=output_dir, **options)
         return self.library_
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:

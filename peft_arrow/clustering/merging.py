@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from tqdm import tqdm
 
 from ..library.adapter import Adapter
-from ..library.delta import FactorReader
+from ..library.base_names import base_revision
+from ..library.delta import MANY, FactorReader
 from ..library.library import AdapterLibrary
 from ..library.licenses import UNKNOWN, strictest
 from ..library.lora import KEY_PREFIX
@@ -73,7 +75,7 @@ def merge_adapters(
         raise ValueError(f"rank={rank!r} is not allowed; it is a whole number of at least 1.")
     modules = sorted({module for reader in readers for module in reader.outline.factors})
     tensors, kept, lost = {}, 0.0, 0.0
-    for module in modules:
+    for module in tqdm(modules, f"Merging {name}", unit="module", leave=False, disable=len(members) < MANY):
         lora_A, lora_B, kept_here, lost_here = truncated(*_side_by_side(readers, module, scales), rank)
         kept, lost = kept + kept_here, lost + lost_here
         missing = rank - lora_A.shape[0]
@@ -98,7 +100,11 @@ def merge_clusters(
     Raises:
         ValueError: a member is not in the library, or members cannot be merged.
     """
-    found = {name: merge_adapters(library.select(members), rank=rank, name=name) for name, members in clusters.items()}
+    found = {}
+    with tqdm(total=len(library), desc="Merging clusters", unit="adapter", disable=len(library) < MANY) as bar:
+        for name, members in clusters.items():
+            found[name] = merge_adapters(library.select(members), rank=rank, name=name)
+            bar.update(len(members))
     lost = {name: merged.lost_norm for name, merged in found.items()}
     merged = AdapterLibrary({name: one.adapter for name, one in found.items()}, library.base_model_name_or_path)
     notes = {
@@ -177,6 +183,7 @@ def _config(members: Sequence[Adapter], rank: int, modules: list[str]) -> dict[s
         "inference_mode": True,
         "target_modules": modules,
         "base_model_name_or_path": named[0] if named else None,
+        "revision": base_revision(members),
         **shared,
     }
 

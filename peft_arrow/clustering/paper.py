@@ -18,8 +18,10 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.decomposition import TruncatedSVD
 from sklearn.metrics.pairwise import cosine_similarity
+from tqdm import tqdm
 
 from ..library.adapter import Adapter
+from ..library.delta import MANY
 from ..library.lora import KEY_PREFIX, outline_lora
 from .selection import ModuleChoice
 
@@ -43,7 +45,8 @@ def paper_similarity(
     """
     keys = _common_keys(adapters, choice)
     thresholds = [_threshold(_flat(adapter, keys), sparsity) for adapter in adapters.values()]
-    parts = (np.stack([_flat(adapter, [key]) for adapter in adapters.values()]) for key in keys)
+    shown = tqdm(keys, "Comparing numbers", unit="tensor", leave=False, disable=len(adapters) < MANY)
+    parts = (np.stack([_flat(adapter, [key]) for adapter in adapters.values()]) for key in shown)
     return embedded_similarity(_gram(parts, thresholds), seed)
 
 

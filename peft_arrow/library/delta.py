@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .adapter import Adapter
 from .lora import KEY_PREFIX, Factors, LoraContent, outline_lora
@@ -23,6 +24,8 @@ KEPT_BYTES = 2 * 2**30
 BLOCK_RANKS = 512
 # Of one module's factors; where all adapters' fit, each is read once and not once a block.
 MODULE_BYTES = 2**30
+# From so many adapters on a bar is shown.
+MANY = 20
 # Between what rounding to 8 bits leaves and what another run on the same data reaches; measured in docs/vetting.md.
 SAME_COSINE = 0.99
 
@@ -107,13 +110,14 @@ def delta_products(
     """
     adapters = list(adapters)
     keep = sum(weight_bytes(adapter) for adapter in adapters) <= KEPT_BYTES
-    readers = [FactorReader(adapter, keep=keep) for adapter in adapters]
+    few = {"leave": False, "disable": len(adapters) < MANY}
+    readers = [FactorReader(adapter, keep=keep) for adapter in tqdm(adapters, "Reading", unit="adapter", **few)]
     places: dict[tuple[str, int, int], list[int]] = {}
     for position, reader in enumerate(readers):
         for module, factor in reader.outline.factors.items():
             places.setdefault((module, factor.lora_A.shape[1], factor.lora_B.shape[0]), []).append(position)
     products = np.zeros((len(readers), len(readers)))
-    for (module, _, _), members in places.items():
+    for (module, _, _), members in tqdm(places.items(), "Comparing updates", unit="module", **few):
         weight = 1.0 if module_weight is None else module_weight(module)
         if weight:
             _add_module(products, readers, module, members, dtype, weight)

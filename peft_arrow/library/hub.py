@@ -6,7 +6,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .adapter import Adapter
 from .base_ids import is_local_path
@@ -74,6 +76,42 @@ def check_public_base(base_model: str, remedy: str) -> None:
     """Raise a `ValueError` that ends with `remedy` where the base model is named by a folder."""
     if is_local_path(base_model) or Path(base_model).is_dir():
         raise ValueError(f"base_model {base_model!r} is a folder of this machine, which others cannot load; {remedy}")
+
+
+def check_push(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
+    """Find out whether a push of a library can succeed, before hours of work; the Hub is asked and not changed.
+
+    Raises:
+        ValueError: the name is not allowed, the repository is of another kind or visibility, or the Hub is not asked.
+        PermissionError: there is no token, or it may not write there.
+        ConnectionError: the Hub cannot be reached, or is busy.
+    """
+    validate_repo_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"repo_id={repo_id!r} cannot be pushed to: HF_HUB_OFFLINE is set.")
+    api = HfApi(token=token)
+    try:
+        user = retried(api.whoami)
+        full_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        _check_owner(full_id, user)
+        if retried(api.repo_exists, full_id):
+            _check_repo(api, full_id, private, MANIFEST_NAME)
+    except LocalTokenNotFoundError as error:
+        raise PermissionError(f"repo_id={repo_id!r}: there is no token; log in with `hf auth login`.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        kind = ConnectionError if status in BUSY else PermissionError
+        raise kind(f"repo_id={repo_id!r}: the Hub answered {status}: {' '.join(str(error).split())}") from error
+
+
+def _check_owner(repo_id: str, user: Mapping) -> None:
+    """Refuse tokens that may only read, and other people's names; what a fine-grained token may do is not told."""
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    names = [user["name"], *(org["name"] for org in user.get("orgs") or ())]
+    if role == "read":
+        raise PermissionError(f"repo_id={repo_id!r}: the token of {user['name']!r} may only read.")
+    if role != "fineGrained" and repo_id.partition("/")[0].casefold() not in [name.casefold() for name in names]:
+        raise PermissionError(f"repo_id={repo_id!r}: {user['name']!r} may write to repositories of {names} only.")
 
 
 def push_folder(

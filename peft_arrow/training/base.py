@@ -9,12 +9,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..library.base_ids import is_local_path
+from .reaching import READ_ERRORS, commit_of, unreadable
+
+
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 
 
 class Base:
@@ -38,14 +46,45 @@ class Base:
         self.name = base.config._name_or_path if isinstance(base, PreTrainedModel) else str(base)
 
     @cached_property
+    def revision(self) -> str | None:
+        """The commit of the revision that was asked for, of which all files are taken; None where none was asked for.
+
+        Raises:
+            ValueError: the base is neither a folder nor on the Hub, or a folder, which has no revisions.
+            ConnectionError: the Hub cannot be reached.
+        """
+        asked = self._model_kwargs.get("revision")
+        if isinstance(self._given, PreTrainedModel):
+            return asked
+        if Path(self.name).is_dir() or is_local_path(self.name):
+            if not Path(self.name).exists():
+                raise ValueError(f"base={self.name!r} cannot be loaded: there is no such folder.")
+            if asked is not None:
+                raise ValueError(f"revision={asked!r} is for a base on the Hub; base={self.name!r} is a folder.")
+            return None
+        options = {name: self._model_kwargs[name] for name in HUB_OPTIONS if name in self._model_kwargs}
+        try:
+            commit = commit_of(self.name, asked, options)
+        except READ_ERRORS as error:
+            raise unreadable(*_told(self.name), error) from error
+        return None if asked is None else commit or asked
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name, and the revision and dtype that were asked for: what of the base decides the result."""
+        dtype = str(self._model_kwargs.get("dtype", "auto")).removeprefix("torch.")
+        told = {"base_revision": self.revision} | ({"base_dtype": dtype} if dtype != "auto" else {})
+        return {"base_model": self.name, **{name: value for name, value in told.items() if value is not None}}
+
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the end token for padding where it has none of its own."""
         if self._tokenizer is None and not self.name:
             raise ValueError("base has no name to find its tokenizer by; pass tokenizer=.")
         found = self._tokenizer
         if found is None:
-            revision = {name: self._model_kwargs[name] for name in ("revision",) if name in self._model_kwargs}
-            found = _load(AutoTokenizer, self.name, revision)
+            names = [name for name in (*HUB_OPTIONS, "trust_remote_code") if name in self._model_kwargs]
+            found = self._load(AutoTokenizer, {name: self._model_kwargs[name] for name in names})
         if found.pad_token is None:
             found = copy.deepcopy(found)
             found.pad_token = found.eos_token
@@ -56,7 +95,18 @@ class Base:
         """The model; a name is loaded at the first use, by default in the checkpoint's own dtype."""
         if isinstance(self._given, PreTrainedModel):
             return self._given
-        return _load(AutoModelForCausalLM, self.name, {"dtype": "auto", **self._model_kwargs})
+        return self._load(AutoModelForCausalLM, {"dtype": "auto", **self._model_kwargs})
+
+    def load(self) -> None:
+        """Load the model now, so that one that cannot be had is one error, and not one of every expert."""
+        self.model  # noqa: B018  (kept by the property)
+
+    def _load(self, auto_class: type, options: Mapping[str, Any]) -> Any:
+        revision = {} if self.revision is None else {"revision": self.revision}
+        try:
+            return auto_class.from_pretrained(self.name, **{**options, **revision})
+        except (*READ_ERRORS, SafetensorError) as error:
+            raise unreadable(*_told(self.name), error) from error
 
     def check_loadable(self) -> None:
         """A `ValueError` where the base was given as a model, which cannot be loaded anew after `forget`."""
@@ -70,12 +120,8 @@ class Base:
         clear_device_cache(garbage_collection=True)
 
 
-def _load(auto_class: type, name: str, options: Mapping[str, Any]) -> Any:
-    try:
-        return auto_class.from_pretrained(name, **options)
-    except OSError as error:
-        first = (str(error).splitlines() or ["not found"])[0]
-        raise ValueError(f"base={name!r} cannot be loaded as a folder or from the Hub: {first}") from error
+def _told(name: str) -> tuple[str, str]:
+    return f"base={name!r}", "cannot be loaded as a folder or from the Hub"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ FORMATS = {
     "instruction": ("instruction", "output"),
     "text": ("text",),
 }
+LEARNT = ("completion", "output", "text")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def read_examples(name: str, source: DatasetLike) -> Examples:
             one of `Dataset.save_to_disk`. Where a column `split` says so, only rows of `train` are taken.
 
     Raises:
-        ValueError: nothing readable is there, no rows, a missing column or one of another kind.
+        ValueError: nothing readable is there, no rows, a missing column, or one that is empty or of another kind.
+        ConnectionError: the Hub cannot be reached.
     """
     with without_bars():
         rows = load_rows(name, source)
@@ -149,6 +151,11 @@ def _check_values(name: str, rows: Dataset, columns: tuple[str, ...]) -> None:
                 told = str(value)[:60]
                 raise ValueError(
                     f"dataset {name!r}: column {column!r} of row {position} is {told!r}; it must be {wanted}."
+                )
+            if column in LEARNT and not value:
+                raise ValueError(
+                    f"dataset {name!r}: column {column!r} of row {position} is empty, so there is nothing to learn; "
+                    "leave such rows out."
                 )
 
 

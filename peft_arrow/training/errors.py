@@ -23,7 +23,7 @@ class TrainingFailed(RuntimeError):
     def __init__(self, failures: Mapping[str, str], library: AdapterLibrary | None, where: str) -> None:
         self.failures = dict(failures)
         self.library = library
-        finished = f"{len(library)} are in {where}" if library is not None else "none is finished"
+        finished = f"{len(library)} are in {where}" if library is not None else "no library could be made"
         told = "; ".join(f"{name}: {reason}" for name, reason in self.failures.items())
         super().__init__(
             f"{len(self.failures)} experts failed and {finished}; run the same again to train what is missing. {told}"

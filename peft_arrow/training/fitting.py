@@ -37,7 +37,10 @@ class Outcome:
 
 
 class Watch(TrainerCallback):
-    """Counts steps and stops at a loss or gradient that is not finite."""
+    """Counts steps, stops at a loss or gradient that is not finite, and keeps no checkpoint of the last step.
+
+    A trainer that goes on from such a checkpoint makes one step too many, and the expert itself is written next.
+    """
 
     def __init__(self, on_step: Callable[[int, int], None]) -> None:
         self._on_step = on_step
@@ -47,6 +50,11 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self._on_step(state.global_step, state.max_steps)
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         for name in ("loss", "grad_norm"):

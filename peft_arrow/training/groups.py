@@ -48,6 +48,7 @@ def train_groups(
     *,
     output_dir: str | PathLike,
     steps: int | Mapping[str, int] | None = None,
+    made: Mapping[str, Any] | None = None,
     **training: Any,
 ) -> AdapterLibrary:
     """Train one expert for each group, from scratch, on the joined data of its tasks.
@@ -60,6 +61,7 @@ def train_groups(
         output_dir (`str` or `PathLike`): the library's folder; it appears when all experts are trained. Until then,
             and for the next run, they lie in `<output_dir>-training/`.
         steps (`int` or `Mapping`, *optional*): optimizer steps of every expert, or of each.
+        made (`Mapping`, *optional*): more for the card's part on how it was made.
 
     Returns:
         `AdapterLibrary`: the saved library. Experts that a run before trained in the same way are not trained again.
@@ -81,10 +83,11 @@ def train_groups(
         steps=dict.fromkeys(groups, steps) if isinstance(steps, int) else steps,
         progress=setup.progress,
     )
-    made = {
+    told = {
         "made with": "peft_arrow.train_groups",
         "groups": {group: list(tasks) for group, tasks in groups.items()},
         **told_of(stage, setup.plan),
         "stages": [stage.report()],
+        **(made or {}),
     }
-    return finish(stage, setup.base, target, setup.processes, made, "One expert for each group of tasks.")
+    return finish(stage, setup.base, target, setup.processes, told, "One expert for each group of tasks.")

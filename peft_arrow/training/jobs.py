@@ -68,13 +68,13 @@ def plan_job(base: Base, examples: Examples, folder: Path, plan: Plan, steps: in
     arguments = sft_arguments(plan.sft_config, checkpoints_of(folder), steps)
     lora = lora_arguments(plan.lora_config)
     check_lengths(examples, base.tokenizer, arguments.max_length)
-    identity = {
-        "base_model": base.name,
-        "data": examples.fingerprint,
-        "init_seed": plan.init_seed,
-        **telling(arguments, lora),
-    }
+    identity = identity_of(base, examples.fingerprint, plan, arguments, lora)
     return Job(examples, folder, arguments, lora, identity)
+
+
+def identity_of(base: Base, data: str, plan: Plan, arguments: SFTConfig, config: PeftConfig) -> dict[str, Any]:
+    """All that decides the result: base, fingerprint of the data, seeds, and of both configs what tells."""
+    return {**base.identity, "data": data, "init_seed": plan.init_seed, **telling(arguments, config)}
 
 
 def finished(job: Job, overwrite: bool = False) -> TrainingRecord | None:
@@ -105,7 +105,7 @@ def train_job(
     try:
         with kept_random_state(), lent(base.model) as model, processes.alone():
             set_seed(plan.init_seed)
-            peft_model = get_peft_model(model, with_targets(job.lora, model))
+            peft_model = get_peft_model(model, with_targets(job.lora, model), revision=base.revision)
             try:
                 outcome = fit(
                     peft_model,

@@ -18,9 +18,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .base import Base
 from .checkpoints import checkpoints_of
 from .data import Examples, check_lengths, joined
-from .jobs import Job, Plan, finished
+from .jobs import Job, Plan, finished, identity_of
 from .processes import Processes
-from .recipe import lora_arguments, sft_arguments, telling
+from .recipe import lora_arguments, sft_arguments
 from .record import TrainingRecord
 from .stage import Stage, try_job
 
@@ -80,6 +80,7 @@ def train_poly(
     job = _plan_poly(base, parts, folder / MODEL_NAME, plan, steps, n_skills, n_splits)
     reasons = []
     if processes.from_main(finished(job, plan.overwrite) is None):
+        base.load()
         reasons = [try_job(base, job, plan, processes, progress) for _ in processes.mine([MODEL_NAME])]
     failed = [reason for reason in processes.gather(reasons) if reason is not None]
     if failed:
@@ -114,12 +115,7 @@ def _plan_poly(
     whole = joined(MODEL_NAME, numbered)
     digest = hashlib.sha256(f"{list(parts)}{whole.fingerprint}".encode()).hexdigest()
     whole = replace(whole, dataset=concatenate_datasets([part.dataset for part in numbered]), fingerprint=digest)
-    identity = {
-        "base_model": base.name,
-        "data": digest,
-        "init_seed": plan.init_seed,
-        **telling(arguments, config),
-    }
+    identity = identity_of(base, digest, plan, arguments, config)
     more = partial(_poly_options, arguments=arguments, pad_token_id=base.tokenizer.pad_token_id)
     return Job(whole, folder, arguments, config, identity, more)
 

@@ -81,6 +81,7 @@ def _write(tensors: Mapping[str, torch.Tensor], config: PolyConfig, record: Trai
         target_modules=config.target_modules,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
         inference_mode=True,
     )
     with new_folder(folder) as draft:

@@ -12,10 +12,14 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from .reaching import READ_ERRORS, unreadable
+
 
 DatasetLike = Dataset | DatasetDict | str | PathLike | Iterable[Mapping[str, Any]]
 
 
+# Of these `Dataset.save_to_disk` and that of a `DatasetDict` write one.
+SAVED_MARKS = ("state.json", "dataset_dict.json")
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -36,6 +40,7 @@ def load_rows(name: str, source: DatasetLike) -> Dataset:
 
     Raises:
         ValueError: nothing readable is there; the message says what was tried.
+        ConnectionError: the Hub cannot be reached.
     """
     if isinstance(source, DatasetDict):
         if "train" not in source:
@@ -70,15 +75,11 @@ def _read(name: str, source: str | PathLike) -> Dataset:
     try:
         if path.is_file():
             return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-        if any((path / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        if any((path / mark).is_file() for mark in SAVED_MARKS):
             return load_rows(name, load_from_disk(str(path)))
         return load_dataset(str(source), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"dataset {name!r}: {str(source)!r} cannot be read: {error.__cause__ or error}") from error
-    except (OSError, ValueError) as error:
+    except (*READ_ERRORS, DatasetGenerationError) as error:
         tried = "as a folder" if path.exists() else "as a path and as an id on the Hub"
-        raise ValueError(f"dataset {name!r}: {str(source)!r} was tried {tried}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        told = "cannot be read" if isinstance(error, DatasetGenerationError) else f"was tried {tried}"
+        reason = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+        raise unreadable(f"dataset {name!r}: {str(source)!r}", told, reason) from error

@@ -7,6 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..library.library import AdapterLibrary
 from ..library.manifest import MANIFEST_NAME
 from .base import Base
@@ -53,18 +55,29 @@ def finish(
     Raises:
         TrainingFailed: some experts failed, of this stage or of `failures`; the others are saved, and the card names
             what is missing.
+        OSError: the library cannot be saved; its experts stay.
     """
     failed = {**(failures or {}), **stage.failures}
     library = stage.library(base.name)
     if library is not None:
         told = {**made, **({"failed": failed} if failed else {})}
         if processes.is_main:
-            library.describe(description, made=told).save_pretrained(target)
+            _save(library.describe(description, made=told), target)
         processes.gather([])
         library = AdapterLibrary.from_pretrained(target)
     if failed:
         raise TrainingFailed(failed, library, str(target))
     return library
+
+
+def _save(library: AdapterLibrary, target: Path) -> None:
+    try:
+        library.save_pretrained(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"the library cannot be saved in {str(target)!r}: {error}; its experts are kept in "
+            f"{str(work_folder(target))!r}, and the same again saves it without training."
+        ) from error
 
 
 def told_of(stage: Stage, plan: Plan) -> dict[str, Any]:
@@ -75,6 +88,7 @@ def told_of(stage: Stage, plan: Plan) -> dict[str, Any]:
         "sft.max_grad_norm sft.per_device_train_batch_size sft.gradient_accumulation_steps sft.max_length"
     ).split()
     return {
+        **{name: identity[name] for name in ("base_revision", "base_dtype") if name in identity},
         "seeds": {"init": plan.init_seed, "training": identity.get("sft.seed")},
         "recipe": {name.partition(".")[2]: identity[name] for name in fields if name in identity},
         "versions": all_versions(),

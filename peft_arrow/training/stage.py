@@ -82,7 +82,7 @@ def train_stage(
 
     Args:
         name (`str`): of the stage, for the bar and the report.
-        base (`Base`): loaded when the first expert needs it.
+        base (`Base`): loaded when an expert is missing.
         parts (`Mapping[str, Examples]`): expert name -> its rows.
         folder (`Path`): of the stage.
         plan (`Plan`): for all experts.
@@ -91,7 +91,8 @@ def train_stage(
         progress (`bool`): show bars, and a line for each expert.
 
     Raises:
-        ValueError: an expert's rows or configs are bad, or it was trained in another way before.
+        ValueError: an expert's rows or configs are bad, it was trained in another way before, or the base is bad.
+        OSError: the folder cannot be made, or the base cannot be fetched.
     """
     jobs = {
         expert: plan_job(base, examples, folder / expert, plan, (steps or {}).get(expert))
@@ -101,6 +102,9 @@ def train_stage(
     todo = processes.from_main(todo)
     skipped = f", {len(jobs) - len(todo)} of {len(jobs)} are there already" if len(todo) < len(jobs) else ""
     mine = processes.mine(todo)
+    if mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        base.load()
     failures = []
     shown = progress and processes.is_main
     with tqdm(mine, desc=f"{name} experts{skipped}", unit="expert", disable=not shown) as bar:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from peft_arrow import AdapterLibrary
 from peft_arrow.cli import main
@@ -74,6 +75,63 @@ def test_bad_configs(text, told, reader, capsys):
     (reader / "build.yaml").write_text(text)
     assert main(["build", "--config", "build.yaml"]) == 2
     assert told in capsys.readouterr().err
+
+
+ROW = {"prompt": "a:", "completion": " aaa"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "told"),
+    [
+        ("", (), "dataset 'bad' is empty: 'data/bad.jsonl' has no rows."),
+        ("{nonsense", (), "dataset 'bad': 'data/bad.jsonl' cannot be read"),
+        ({"prompt": "a"}, (), "dataset 'bad' has no column 'completion'"),
+        ({"prompt": "a", "completion": ""}, (), "column 'completion' of row 0 is empty, so there is nothing to learn"),
+        ({"prompt": "a", "completion": "b" * 70}, (), "completion of row 0 has 71 tokens, and max_length is 64"),
+        ({"text": "a"}, (), "datasets are of different kinds: 'bad' (text) and 'good' (prompt and completion)"),
+        (ROW, ("--clusters", "auto"), "n_clusters='auto' is not allowed for 2 tasks; it needs at least 3"),
+        (ROW, ("--clusters", "3"), "n_clusters=3 is not allowed for 2 tasks"),
+        (ROW, ("--steps", "1"), "steps=1 is not allowed; a task needs at least 2"),
+        (ROW, ("--base", "./nowhere"), "base='./nowhere' cannot be loaded: there is no such folder."),
+        (ROW, ("--base", "no/where"), "base='no/where' cannot be loaded as a folder or from the Hub"),
+        (ROW, ("--base", "data"), "base='data' cannot be loaded as a folder or from the Hub"),
+        (ROW, ("--base-revision", "v1"), "revision='v1' is for a base on the Hub; base='my-base' is a folder."),
+        (ROW, ("--data", "./nowhere"), "dataset 'nowhere': there is no file or folder 'nowhere'."),
+        (ROW, ("--private",), "--private is for --push."),
+        (ROW, ("--out", "data"), "output_dir='data' holds something else than a library"),
+    ],
+)
+def test_bad_input_is_told_in_a_line_before_the_training(rows, more, told, reader, capsys, monkeypatch):
+    """A bad file among good ones, and arguments that cannot be: exit code 2."""
+    monkeypatch.setattr("peft_arrow.training.jobs.fit", None)
+    (reader / "data").mkdir()
+    (reader / "data/good.jsonl").write_text(json.dumps(ROW) + "\n")
+    (reader / "data/bad.jsonl").write_text(rows if isinstance(rows, str) else json.dumps(rows) + "\n")
+    command = ["build", *QUICKLY, "--data", "data", "--clusters", "2", "--output", "library"]
+    assert main([*command, *more]) == 2
+    error = capsys.readouterr().err
+    assert f"peft-arrow build: {told}" in error or told in error.splitlines()[-1]
+    assert "Traceback" not in error and not (reader / "library-training").exists()
+
+
+def test_a_base_without_weights_is_told_once(reader, capsys):
+    (reader / "my-base/model.safetensors").unlink()
+    assert main(["train", *QUICKLY, "--output", "library"]) == 2
+    assert capsys.readouterr().err.count("base='my-base' cannot be loaded") == 1
+
+
+def test_other_names_and_files(reader):
+    """`--out` is `--output`, in YAML too; hidden files are no tasks; a saved data set is one; one step is enough."""
+    (reader / "tasks/._task0.jsonl").write_bytes(b"\0\1")
+    (reader / "build.yaml").write_text(
+        "base: my-base\ndata: tasks\nkind: shared\nout: library\nsteps: 1\ndtype: float32\n"
+    )
+    assert main(["build", "--config", "build.yaml", "--max-length", "64"]) == 0
+    made = AdapterLibrary.from_pretrained("library").notes.made
+    assert made["groups"] == {"shared": list(TASKS)} and made["base_dtype"] == "float32"
+    Dataset.from_list(TASKS["task0"]).save_to_disk("saved")
+    assert main(["train", *QUICKLY, "--data", "saved", "--out", "one"]) == 0
+    assert list(AdapterLibrary.from_pretrained("one")) == ["saved"]
 
 
 def test_exit_codes(reader, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,35 +74,64 @@ def wait_until(moment, process: subprocess.Popen, started: float) -> None:
         time.sleep(0.005)
 
 
+def moments_of(work: Path, draw: random.Random) -> list[Callable[[float], bool]]:
+    """When a run is killed, one moment a run: three in each stage, one between them, and one at the very end."""
+    library = work.parent / work.name.removesuffix("-training")
+
+    def some(pattern: str, count: int = 1) -> bool:
+        return len(list(work.glob(pattern))) >= count
+
+    def later(moment: Callable[[], bool], most: float) -> Callable[[float], bool]:
+        """At a drawn time after the first sight of something."""
+        wait, seen = draw.uniform(0, most), []
+
+        def reached(started: float) -> bool:
+            if not seen and moment():
+                seen.append(time.monotonic())
+            return bool(seen) and time.monotonic() > seen[0] + wait
+
+        return reached
+
+    return [
+        later(lambda: some("private/.*.checkpoints"), 0.5),
+        later(lambda: some("private/*/training.json"), 0.3),
+        later(lambda: some("private/.*.checkpoints/checkpoint-*"), 0.1),
+        later(lambda: some("private/*/training.json", 3), 0.5),
+        later(lambda: some("private/*/training.json", 4), 0.1),
+        later(lambda: some("clusters/.*.checkpoints"), 0.3),
+        later(lambda: some("clusters/.*.checkpoints/checkpoint-*"), 0.1),
+        later(lambda: some("clusters/*/training.json"), 0.4),
+        later(lambda: some("clusters/*/training.json", 2) or library.exists(), 0.02),
+    ]
+
+
 @pytest.mark.slow
 def test_killed_builds_give_the_same_library(tmp_path):
-    """Killed with an expert just finished, in the middle of a cluster's expert, and somewhere: then run to the end."""
+    """Killed nine times, at drawn moments of both stages, between them and while saving; then run to the end.
+
+    An expert that is finished is never trained again: neither its weights nor the time of its record change.
+    """
     base_in(tmp_path)
     undisturbed = start(tmp_path, "whole", tmp_path / "whole.log")
     finish(undisturbed, tmp_path / "whole.log")
     work, log = tmp_path / "killed-training", tmp_path / "killed.log"
-    delay = random.Random(0).uniform(5, 8)
-    moments = [
-        lambda started: len(finished(work)) >= 1,
-        lambda started: any(work.glob("clusters/.*.checkpoints/checkpoint-*")),
-        lambda started: time.monotonic() > started + delay,
-    ]
     kept: dict[str, tuple[str, int]] = {}
-    kills = 0
-    for moment in moments:
+    kills = []
+    for moment in moments_of(work, random.Random(0)):
         process = start(tmp_path, "killed", log)
         wait_until(moment, process, time.monotonic())
-        kills += process.poll() is None
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kills.append(process.wait() == -signal.SIGKILL)
         now = finished(work)
         assert {name: now[name] for name in kept} == kept, "no expert is trained twice"
         kept = now
     finish(start(tmp_path, "killed", log), log)
-    assert kills >= 2 and len(kept) >= 4
+    assert sum(kills) >= 8 and len(kept) >= 5
     assert {name: finished(work)[name] for name in kept} == kept
     assert not list(work.glob("*/.*")), "neither checkpoints nor drafts are left"
+    one, other = (finished(folder) for folder in (tmp_path / "whole-training", work))
+    assert {name: sha for name, (sha, _) in one.items()} == {name: sha for name, (sha, _) in other.items()}
     same(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -167,14 +167,38 @@ def test_a_task_whose_loss_is_nan_is_left_out_of_the_clusters(base_folder, tmp_p
     assert list(made["failed"]) == ["task1"]
 
 
+def test_a_task_that_failed_joins_its_group_in_the_next_run(base_folder, tmp_path, monkeypatch):
+    """Too few adapters for the clusters are told with what failed; once all are there, so is the whole library."""
+    real = sys.modules["peft_arrow.training.jobs"].fit
+
+    def fit(model, tokenizer, dataset, arguments, **options):
+        if "task1." in arguments.output_dir:
+            raise OSError(28, "No space left on device")
+        return real(model, tokenizer, dataset, arguments, **options)
+
+    monkeypatch.setattr("peft_arrow.training.jobs.fit", fit)
+    with pytest.raises(
+        TrainingFailed, match="task1: OSError: .*clusters: n_clusters=4 is more than there are"
+    ) as caught:
+        build(base_folder, tmp_path / "library", kind="mbc", n_clusters=4)
+    assert caught.value.library is None and not (tmp_path / "library").exists()
+    with pytest.raises(TrainingFailed, match="1 experts failed and 2 are in .*library; .* task1: OSError"):
+        build(base_folder, tmp_path / "library", kind="mbc")
+    monkeypatch.undo()
+    build(base_folder, tmp_path / "library", kind="mbc")
+    build(base_folder, tmp_path / "good", kind="mbc")
+    assert (tmp_path / "library/library.json").read_text() == (tmp_path / "good/library.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"kind": "mcb"}, "kind='mcb' is unknown; allowed are"),
         ({"kind": "mbc", "n_clusters": 5}, "n_clusters=5 is not allowed for 4 tasks; it must be 1 to 4, or 'auto'"),
         ({"kind": "random", "n_clusters": "auto"}, "n_clusters='auto' is not allowed"),
-        ({"steps": 1}, "steps=1 is not allowed"),
+        ({"kind": "mbc", "steps": 1}, "steps=1 is not allowed; a task needs at least 2, one for each stage"),
         ({"datasets": {}}, "datasets is empty"),
+        ({"datasets": [{"prompt": "a", "completion": "b"}]}, "datasets holds a dict; a list is one of files, folders"),
         ({"datasets": {"a/b": TASKS["task0"]}}, "expert name 'a/b' is not allowed"),
         ({"datasets": {**TASKS, "chats": [{"text": "a"}]}}, "datasets are of different kinds"),
         ({"kind": "poly", "sft_config": {**QUICK, "packing": True}}, "Poly cannot have"),

@@ -108,3 +108,13 @@ def test_whole_modules_are_not_merged():
     config = {**MEMBERS["a"].config, "modules_to_save": ["score"]}
     with pytest.raises(ValueError, match="it also holds score.weight, trained or saved in full"):
         merge_adapters([replace(MEMBERS["a"], tensors=tensors, config=config)])
+
+
+def test_bars_for_many(capsys):
+    """One for each thing that takes long, from 20 adapters on."""
+    library, _ = planted(0, 4, 5)
+    MBCClusterer(4).fit(library).merge_experts()
+    shown = capsys.readouterr().err
+    assert all(name in shown for name in ("Reading", "Comparing updates", "Sketching", "Merging clusters"))
+    MBCClusterer(2).fit(library.select(list(library)[:19])).merge_experts()
+    assert capsys.readouterr().err == ""

@@ -82,9 +82,13 @@ def add_base(hub: HubServer, root: Path) -> None:
 
 
 def start_client(module: str, endpoint: str, home: Path, *arguments: object, **more: str) -> subprocess.Popen:
-    """Start `python -m tests.library.<module>` with `home` for its cache; more: `token`, and environment variables."""
+    """Start `python -m tests.library.<module>`, or another one's full name, with `home` for its cache.
+
+    more: `token`, and environment variables.
+    """
     environment = client_environment(endpoint, home, **{"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "0", **more})
-    command = [sys.executable, "-m", f"tests.library.{module}", *map(str, arguments)]
+    name = module if "." in module else f"tests.library.{module}"
+    command = [sys.executable, "-m", name, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
