@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,19 @@ from trl import SFTConfig
 # One process may wait for another's last expert longer than a collective usually takes.
 PATIENCE = timedelta(days=14)
 SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def balanced(names: Sequence[str], loads: Mapping[str, float], parts: int) -> list[list[str]]:
+    """Divide names so that the loads of the parts are about equal: the largest first, each to the lightest part.
+
+    Equal loads keep their order and go to the first of the lightest parts, so that every process finds the same
+    division. In a part the names are in the order given.
+    """
+    sums, dealt = [0.0] * parts, {}
+    for name in sorted(names, key=lambda name: -loads[name]):
+        dealt[name] = sums.index(min(sums))
+        sums[dealt[name]] += loads[name]
+    return [[name for name in names if dealt[name] == part] for part in range(parts)]
 
 
 class Processes:
@@ -47,12 +60,11 @@ class Processes:
         """Whether this process writes the experts that it trains."""
         return self.is_main or not self.together
 
-    def mine(self, names: Sequence[str]) -> list[str]:
-        """The names that this process works on."""
+    def mine(self, names: Sequence[str], loads: Mapping[str, float] | None = None) -> list[str]:
+        """The names that this process works on: each process gets about the same load, by default of 1 a name."""
         if self.together or self.count == 1:
             return list(names)
-        with self.state.split_between_processes(list(names)) as part:
-            return list(part)
+        return balanced(names, loads or dict.fromkeys(names, 1), self.count)[self.state.process_index]
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order; waits for all."""
