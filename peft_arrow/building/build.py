@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..training.data import Examples, joined
 from ..training.setup import Setup
@@ -67,7 +68,16 @@ class Build:
 
 @dataclass(frozen=True)
 class Built:
-    """What a kind gives: its stages, the last of which holds the library's experts, and the tasks of each expert."""
+    """What a kind gives.
+
+    Args:
+        stages (`list[Stage]`): the last one holds the library's experts.
+        groups (`dict[str, list[str]]`): the tasks of each expert.
+        made (`dict[str, Any]`): more for the card's part on how it was made.
+        pictures (`dict[Path, str]`): file -> caption, for the card.
+    """
 
     stages: list[Stage]
     groups: dict[str, list[str]]
+    made: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[Path, str] = field(default_factory=dict)

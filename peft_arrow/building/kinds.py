@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from ..clustering.mbc import MBCClusterer
+from ..clustering.summary import told_of_clustering
 from ..training.data import joined
 from ..training.poly import train_poly
 from ..training.poly_lora import convert_poly
@@ -31,25 +37,38 @@ def build_mbc(build: Build) -> Built:
     """Private adapters for 40 % of the steps, clustered by their weights; an expert for each cluster for the rest."""
     first = {task: private_share(steps) for task, steps in build.steps.items()}
     private = build.train("private", build.parts, first)
-    groups = None
+    clustered = None
     if build.setup.processes.is_main and private.records:
-        groups = cluster(private, build)
-    groups = build.setup.processes.from_main(groups)
-    if groups is None:
+        clustered = cluster(private, build)
+    clustered = build.setup.processes.from_main(clustered)
+    if clustered is None:
         return Built([private], {})
+    groups, made, pictures = clustered
     rest = {task: build.steps[task] - first[task] for task in private.records}
-    return Built([private, build.train_groups(groups, rest)], groups)
+    return Built([private, build.train_groups(groups, rest)], groups, {"clustering": made}, pictures)
 
 
-def cluster(private: Stage, build: Build) -> dict[str, list[str]]:
-    """Cluster the private adapters by Model-Based Clustering: cluster name -> tasks.
+def cluster(private: Stage, build: Build) -> tuple[dict[str, list[str]], dict[str, Any], dict[Path, str]]:
+    """Cluster the private adapters by Model-Based Clustering, and draw it where matplotlib is installed.
+
+    Returns:
+        `tuple`: cluster name -> tasks; what the card tells of the clustering; its picture for the card -> caption.
 
     Raises:
         ValueError: fewer adapters than clusters.
     """
     clusterer = MBCClusterer(build.n_clusters, embedding=build.options.embedding, random_state=build.seed)
     clusterer.fit(private.library(build.setup.base.name))
-    return {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
+    groups = {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
+    try:
+        drawn = clusterer.plot(build.folder / "clustering")
+    except ImportError as error:
+        if build.setup.progress:
+            tqdm.write(f"The clustering is not drawn: {error}", file=sys.stderr)
+        return groups, told_of_clustering(clusterer), {}
+    compared = "updates" if build.options.embedding == "delta" else "numbers of lora_A and lora_B, as in the paper,"
+    caption = f"How alike the private adapters are: cosines of their {compared} with a frame around each cluster."
+    return groups, told_of_clustering(clusterer), {drawn["similarity"]: caption}
 
 
 def build_random(build: Build) -> Built:

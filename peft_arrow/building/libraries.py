@@ -50,7 +50,9 @@ def train_library(
         options (`Options`): what single kinds take: the embedding of MBC, skills and splits of Poly and MHR.
 
     Returns:
-        `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage.
+        `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage. With
+        `mbc` its card shows the similarities of the private adapters, where matplotlib is installed; they, a map and
+        a dendrogram are in `<output_dir>-training/clustering/`.
 
     Raises:
         ValueError: an unknown kind, more clusters than tasks, bad rows or configs; nothing is trained then.
@@ -67,7 +69,7 @@ def train_library(
     built = KINDS[kind](build)
     told = {**told_of_build(kind, build, built), **(made or {})}
     earlier = {name: reason for stage in built.stages[:-1] for name, reason in stage.failures.items()}
-    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), earlier)
+    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), earlier, built.pictures)
 
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
@@ -97,5 +99,6 @@ def told_of_build(kind: str, build: Build, built: Built) -> dict[str, Any]:
         "steps": steps,
         "tokens": sum(stage["tokens"] for stage in stages),
         "groups": built.groups,
+        **built.made,
         **told,
     }

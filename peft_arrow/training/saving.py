@@ -47,8 +47,9 @@ def finish(
     made: Mapping[str, Any],
     description: str,
     failures: Mapping[str, str] | None = None,
+    pictures: Mapping[Path, str] | None = None,
 ) -> AdapterLibrary:
-    """Save a stage's experts as a library with its card.
+    """Save a stage's experts as a library with its card, which shows `pictures` (file -> caption).
 
     Raises:
         TrainingFailed: some experts failed, of this stage or of `failures`; the others are saved, and the card names
@@ -59,7 +60,7 @@ def finish(
     if library is not None:
         told = {**made, **({"failed": failed} if failed else {})}
         if processes.is_main:
-            library.describe(description, made=told).save_pretrained(target)
+            library.describe(description, made=told, pictures=pictures or {}).save_pretrained(target)
         processes.gather([])
         library = AdapterLibrary.from_pretrained(target)
     if failed:
