@@ -42,7 +42,7 @@ def train_library(
         datasets: task name -> rows; or a folder with one file a task, or a list of files and Hub ids.
         kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly`, `mhr`; see `KINDS`.
         output_dir (`str` or `PathLike`): the library's folder; it appears when the library is complete. The experts of
-            all stages are kept in `<output_dir>-training/`, where the next run finds what is finished.
+            all stages, and pictures of a clustering, are in `<output_dir>-training/`, where the next run looks first.
         n_clusters (`int` or `"auto"`): for the clustered kinds; `"auto"` for `mbc` only.
         steps (`int`, *optional*): optimizer steps a task; by default `max_steps` or the epochs of `sft_config`.
         seed (`int`): of partitions and clustering; that of training is in `sft_config`.
@@ -50,9 +50,7 @@ def train_library(
         options (`Options`): what single kinds take: the embedding of MBC, skills and splits of Poly and MHR.
 
     Returns:
-        `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage. With
-        `mbc` its card shows the similarities of the private adapters, where matplotlib is installed; they, a map and
-        a dendrogram are in `<output_dir>-training/clustering/`.
+        `AdapterLibrary`: the saved library; `library.notes.made["stages"]` has steps and tokens of each stage.
 
     Raises:
         ValueError: an unknown kind, more clusters than tasks, bad rows or configs; nothing is trained then.

@@ -75,7 +75,7 @@ def train_poly(
     """
     job = _plan_poly(base, parts, folder / MODEL_NAME, plan, steps, n_skills, n_splits)
     loads = {MODEL_NAME: steps} if processes.from_main(finished(job, plan.overwrite) is None) else {}
-    with reporting(f"{MODEL_NAME} model", folder, loads, processes, progress and bool(loads)) as reporter:
+    with reporting(f"stage {MODEL_NAME}", folder, loads, processes, progress and bool(loads)) as reporter:
         reasons = [try_job(base, job, plan, processes, reporter) for _ in processes.mine(list(loads))]
         failed = [reason for reason in processes.gather(reasons) if reason is not None]
     if failed:

@@ -43,6 +43,7 @@ class Reporter:
         self._leaves_notes = processes.count > 1 and not processes.together and not processes.is_main
         self._ended, self._now, self._step, self._lines, self._left = 0, "", 0, [], 0.0
         self._printed: dict[str, int] = {}
+        self._shown: tuple[str, int] = ("", 0)
 
     def begin(self, name: str) -> Callable[[int, int], None]:
         """An expert begins; returns what is to be called with (step, all steps)."""
@@ -70,9 +71,11 @@ class Reporter:
             for line in note["lines"][printed:]:
                 tqdm.write(line, file=sys.stderr)
             self._printed[note["process"]] = len(note["lines"])
-        self._bar.set_postfix_str(", ".join(note["now"] for note in notes if note["now"]), refresh=False)
-        self._bar.n = sum(note["steps"] for note in notes)
-        self._bar.refresh()
+        now, steps = ", ".join(note["now"] for note in notes if note["now"]), sum(note["steps"] for note in notes)
+        changed = (now, steps) != self._shown
+        if changed or sys.stderr.isatty():  # where nobody looks, a line for each change is enough
+            self._shown, self._bar.n = (now, steps), steps
+            self._bar.set_postfix_str(now)
 
     def _note(self) -> dict:
         steps = self._ended + self._step

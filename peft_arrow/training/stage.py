@@ -100,10 +100,10 @@ def train_stage(
         forget_notes(folder)
     todo = [expert for expert, job in jobs.items() if finished(job, plan.overwrite) is None]
     todo = processes.from_main(todo)
-    skipped = f", {len(jobs) - len(todo)} of {len(jobs)} are there already" if len(todo) < len(jobs) else ""
+    skipped = f", {len(jobs) - len(todo)} of {len(jobs)} experts are there already" if len(todo) < len(jobs) else ""
     loads = {expert: planned_steps(jobs[expert].arguments, len(jobs[expert].examples.dataset)) for expert in todo}
     failures = []
-    with reporting(f"{name} experts{skipped}", folder, loads, processes, progress) as reporter:
+    with reporting(f"stage {name}{skipped}", folder, loads, processes, progress) as reporter:
         for expert in processes.mine(todo, loads):
             reason = try_job(base, jobs[expert], plan, processes, reporter)
             if reason is not None:
