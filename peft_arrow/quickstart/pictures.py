@@ -13,7 +13,7 @@ from .judge import encode
 from .tasks import Row
 
 
-FRAMED = " (red frame: the expert of the task's cluster)"
+FRAMED = "(red frame: the expert of the task's cluster)"
 
 
 def draw_by_task(
@@ -32,8 +32,8 @@ def draw_by_task(
     draw_heat_map(
         means,
         path,
-        title="Where the tokens of each task went: routing weight\nin %, mean over layers"
-        + (FRAMED if framed else ""),
+        title="Where the tokens of each task went:\nrouting weight in %, mean over layers"
+        + (f"\n{FRAMED}" if framed else ""),
         columns=("expert (adapter)", experts),
         rows=("task of the tokens", list(shares)),
         annotate=True,
@@ -66,7 +66,7 @@ def draw_by_layer(
         axes.tick_params(labelbottom=position + across >= len(shares))
     figure.supxlabel("layer")
     figure.supylabel("expert (adapter)")
-    figure.suptitle("Share of the routing weight of each expert in each layer" + (FRAMED if own else ""))
+    figure.suptitle("Share of the routing weight of each expert in each layer" + (f" {FRAMED}" if own else ""))
     figure.colorbar(image, ax=grid, shrink=0.6, format=lambda value, _: f"{100 * value:.0f} %")
     figure.savefig(path, dpi=110)
 

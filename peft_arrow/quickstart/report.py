@@ -182,6 +182,17 @@ def render_clusters(groups: Mapping[str, Sequence[str]], silhouette: float | Non
     return "\n".join([head, *(f"  {cluster}: {', '.join(names)}" for cluster, names in groups.items())])
 
 
+# How a card names the methods, where their columns' names need the lines under the table.
+CARD_METHODS = {
+    "base": "base model without adapters",
+    "random": "random routing",
+    "single": "best single expert",
+    "arrow_private": "arrow over the private adapters",
+    "own_cluster": "each task with its own expert (oracle)",
+    "own_private": "each task with its private adapter (oracle)",
+}
+
+
 def evaluations(result: Mapping) -> list[Evaluation]:
     """The means of the tables and Arrow's loss on each task, for the library's card."""
     shown, _ = collect_random(result["methods"])
@@ -189,7 +200,7 @@ def evaluations(result: Mapping) -> list[Evaluation]:
     figures = []
     for key, metric in kinds.items():
         for method, scores in shown.items():
-            value = round(mean_over_tasks(scores, key), 4)
+            value, method = round(mean_over_tasks(scores, key), 4), CARD_METHODS.get(method, method)
             figures.append(Evaluation("mean over tasks", metric, value, split="held-out", method=method))
     for task, score in shown["arrow"].items():
         figures.append(Evaluation(task, kinds["loss"], round(score["loss"], 4), split="held-out", method="arrow"))
