@@ -75,7 +75,8 @@ def test_paired_difference(result):
 def test_text_says_what_the_columns_are(result):
     text = report.render_text(result)
     for part in (
-        "Clusters of the 2 private adapters by their weights, each with an expert of its own:\n  cluster_0: roman, plural",
+        "Clusters of the 2 private adapters by their weights",
+        "an expert of its own:\n  cluster_0: roman, plural",
         "2 held-out rows a task",
         "40 optimizer steps a task: 16 for its private adapter",
         "those of all its tasks: cluster_0 48.",
