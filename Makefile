@@ -34,7 +34,7 @@ $(TEST_STAMP): $(STAMP)
 	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt -e ".[quantization]" --no-build-isolation
 	touch $@
 
-quickstart: $(STAMP)  ## Train 8 or more small adapters for SmolLM2-135M, route them, compare, draw
+quickstart: $(STAMP)  ## Build a small library for SmolLM2-135M, route it, compare, draw (15 minutes on two cores)
 	$(BIN)/peft-arrow quickstart $(QUICKSTART_ARGS)
 
 test: $(TEST_STAMP)  ## Run the tests

@@ -34,7 +34,17 @@ ROOMS = {
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
     "": ["modeling", "tuner"],
-    "quickstart": ["", "evaluation", "library", "modeling", "routers", "training", "tuner"],
+    "quickstart": [
+        "",
+        "building",
+        "evaluation",
+        "library",
+        "library.adapter",
+        "modeling",
+        "routers",
+        "training",
+        "tuner",
+    ],
     "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..training.data import Examples, joined
 from ..training.setup import Setup
@@ -98,10 +99,19 @@ def _was_missing(mark: Path) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Built:
-    """What a kind gives: its stages, the last of which holds the library's experts, and the tasks of each expert."""
+    """What a kind gives.
+
+    Args:
+        stages (`list[Stage]`): the last one holds the library's experts.
+        groups (`dict[str, list[str]]`): the tasks of each expert.
+        made (`dict[str, Any]`): more for the card's part on how it was made.
+        pictures (`dict[Path, str]`): file -> caption, for the card.
+    """
 
     stages: list[Stage]
     groups: dict[str, list[str]]
+    made: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[Path, str] = field(default_factory=dict)
 
     @property
     def failed_before(self) -> dict[str, str]:

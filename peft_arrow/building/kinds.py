@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from ..clustering.mbc import MBCClusterer
+from ..clustering.summary import told_of_clustering
 from ..training.data import joined
 from ..training.poly import train_poly
 from ..training.poly_lora import convert_poly
@@ -31,29 +37,43 @@ def build_mbc(build: Build) -> Built:
     """Private adapters for 40 % of the steps, clustered by their weights; an expert for each cluster for the rest."""
     first = {task: private_share(steps) for task, steps in build.steps.items()}
     private = build.train("private", build.parts, first)
-    groups, reason = None, None
+    clustered, reason = None, None
     if build.setup.processes.is_main and private.records:
         try:
-            groups = cluster(private, build)
+            clustered = cluster(private, build)
         except ValueError as error:  # fewer finished than clusters, or one that learnt nothing
             reason = str(error)
-    groups, reason = build.setup.processes.from_main((groups, reason))
-    if groups is None:
+    clustered, reason = build.setup.processes.from_main((clustered, reason))
+    if clustered is None:
         failures = {} if reason is None else {"clusters": reason}
         return Built([private, Stage("clusters", build.folder / "clusters", {}, failures)], {})
+    groups, made, pictures = clustered
     rest = {task: build.steps[task] - first[task] for task in private.records}
-    return Built([private, build.train_groups(groups, rest, private.failures)], groups)
+    stages = [private, build.train_groups(groups, rest, private.failures)]
+    return Built(stages, groups, {"clustering": made}, pictures)
 
 
-def cluster(private: Stage, build: Build) -> dict[str, list[str]]:
-    """Cluster the private adapters by Model-Based Clustering: cluster name -> tasks.
+def cluster(private: Stage, build: Build) -> tuple[dict[str, list[str]], dict[str, Any], dict[Path, str]]:
+    """Cluster the private adapters by Model-Based Clustering, and draw it where matplotlib is installed.
+
+    Returns:
+        `tuple`: cluster name -> tasks; what the card tells of the clustering; its picture for the card -> caption.
 
     Raises:
         ValueError: fewer adapters than clusters.
     """
     clusterer = MBCClusterer(build.n_clusters, embedding=build.options.embedding, random_state=build.seed)
     clusterer.fit(private.library(build.setup.base.name))
-    return {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
+    groups = {str(name): list(tasks) for name, tasks in clusterer.clusters_.items()}
+    try:
+        drawn = clusterer.plot(build.folder / "clustering")
+    except ImportError as error:
+        if build.setup.progress:
+            tqdm.write(f"The clustering is not drawn: {error}", file=sys.stderr)
+        return groups, told_of_clustering(clusterer), {}
+    compared = "updates" if build.options.embedding == "delta" else "numbers of lora_A and lora_B, as in the paper,"
+    caption = f"How alike the private adapters are: cosines of their {compared} with a frame around each cluster."
+    return groups, told_of_clustering(clusterer), {drawn["similarity"]: caption}
 
 
 def build_random(build: Build) -> Built:

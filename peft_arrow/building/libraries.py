@@ -41,7 +41,7 @@ def train_library(
         datasets: task name -> rows; or a folder with one file a task, or a list of files and Hub ids.
         kind (`str`): `private`, `shared`, `mbc`, `random`, `random_examples`, `embedding`, `poly`, `mhr`.
         output_dir (`str` or `PathLike`): the library's folder; it appears when the library is complete. The experts of
-            all stages are kept in `<output_dir>-training/`, where the next run finds what is finished.
+            all stages, and pictures of a clustering, are in `<output_dir>-training/`, where the next run looks first.
         n_clusters (`int` or `"auto"`): for the clustered kinds; `"auto"` for `mbc` only.
         steps (`int`, *optional*): optimizer steps a task; by default `max_steps` or the epochs of `sft_config`.
         seed (`int`): of partitions and clustering; that of training is in `sft_config`.
@@ -67,7 +67,8 @@ def train_library(
     build = Build(setup, parts, budget, work, n_clusters, seed, options)
     built = KINDS[kind](build)
     told = {**told_of_build(kind, build, built), **(made or {})}
-    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), built.failed_before)
+    told_of_kind, failed, pictures = describe(kind), built.failed_before, built.pictures
+    return finish(built.stages[-1], setup.base, target, setup.processes, told, told_of_kind, failed, pictures)
 
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
@@ -99,5 +100,6 @@ def told_of_build(kind: str, build: Build, built: Built) -> dict[str, Any]:
         "steps": steps,
         "tokens": sum(stage["tokens"] for stage in stages),
         "groups": built.groups,
+        **built.made,
         **told,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from os import PathLike
@@ -25,11 +24,10 @@ from .selection import ModuleChoice, common_shapes, module_choice
 from .similarity import unit_rows
 from .sketch import DeltaSketch, sketch_adapters
 from .sources import as_library, is_adapters
+from .summary import told_of_clustering
 
 
 FLOATS = (np.float64, np.float32)
-# The arguments that a card tells, where they are not None.
-TOLD = ("embedding", "grouping", "layers", "modules", "module_weights", "pairs", "sparsity_threshold")
 
 
 class MBCClusterer(ClusterMixin, BaseEstimator):
@@ -165,7 +163,7 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
             raise ValueError(
                 "the adapters are not at hand: fit was given an array, or the estimator was unpickled; pass library=."
             )
-        self.library_, self.lost_norm_ = merge_clusters(adapters, self.clusters_, rank, self._made())
+        self.library_, self.lost_norm_ = merge_clusters(adapters, self.clusters_, rank, told_of_clustering(self))
         return self.library_
 
     def train_experts(
@@ -272,12 +270,3 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
 
     def _hub_options(self) -> dict[str, Any]:
         return {"base_model": self.base_model, "token": self.token, "revision": self.revision}
-
-    def _made(self) -> dict[str, Any]:
-        """What a card tells of the clustering."""
-        options = {name: value for name, value in self.get_params().items() if name in TOLD and value is not None}
-        options = {
-            name: value if isinstance(value, (str, int, float)) else repr(value) for name, value in options.items()
-        }
-        silhouette = None if math.isnan(self.silhouette_) else round(self.silhouette_, 4)
-        return {**options, "n_clusters": self.n_clusters_, "seeds": [self._seed], "silhouette": silhouette}

@@ -1,4 +1,4 @@
-"""A clustering as text and as JSON."""
+"""A clustering as text, as JSON, and as a card tells it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 
 WIDTH = 110
+# The arguments that a card tells, where they are not None.
+TOLD = ("embedding", "grouping", "layers", "modules", "module_weights", "pairs", "sparsity_threshold")
 
 
 def clusters_record(clusterer: Any) -> dict[str, Any]:
@@ -39,3 +41,11 @@ def clusters_table(clusterer: Any) -> str:
         lines.append(f"{cluster}: {', '.join(told)}")
         lines += textwrap.wrap(", ".join(members), WIDTH, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def told_of_clustering(clusterer: Any) -> dict[str, Any]:
+    """What a card tells of a fitted `MBCClusterer`: what was compared and how, the seed, and the silhouette."""
+    options = {name: value for name, value in clusterer.get_params().items() if name in TOLD and value is not None}
+    options = {name: value if isinstance(value, (str, int, float)) else repr(value) for name, value in options.items()}
+    silhouette = None if math.isnan(clusterer.silhouette_) else round(clusterer.silhouette_, 4)
+    return {**options, "n_clusters": clusterer.n_clusters_, "seeds": [clusterer._seed], "silhouette": silhouette}

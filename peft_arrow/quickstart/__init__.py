@@ -1,8 +1,9 @@
-"""What `make quickstart` runs: small tasks made by code, adapters for them, and what routing is worth."""
+"""What `make quickstart` runs: small tasks made by code, a library built from them, and what routing it is worth."""
 
 from .methods import JudgeSettings
 from .run import run_quickstart
-from .train import TrainSettings
+from .settings import TrainSettings
+from .train import BuildFailed
 
 
-__all__ = ["JudgeSettings", "TrainSettings", "run_quickstart"]
+__all__ = ["BuildFailed", "JudgeSettings", "TrainSettings", "run_quickstart"]

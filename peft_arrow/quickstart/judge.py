@@ -104,11 +104,11 @@ class PlainJudge:
         return judge_rows(self.model, self.tokenizer, rows)
 
 
-def best_single(judge: PlainJudge, rows: Mapping[str, Sequence[Row]]) -> str:
-    """The adapter with the lowest mean row loss, averaged over the tasks of `rows`; the adapters carry task names."""
+def best_single(judge: PlainJudge, names: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> str:
+    """The adapter of `names` with the lowest mean row loss, averaged over the tasks of `rows`."""
     together = [row for task_rows in rows.values() for row in task_rows]
     means = {}
-    for name in rows:
+    for name in names:
         losses = iter(judge.single(name, together).row_losses)
         means[name] = statistics.fmean(
             statistics.fmean(next(losses) for _ in task_rows) for task_rows in rows.values()

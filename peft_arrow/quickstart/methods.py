@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
-from .base import load_base
 from .judge import PlainJudge, Score, best_single, files_fingerprint, judge_rows, use_random_routing
+from .settings import Trained
 from .tasks import Row, Task
 
 
-PLAIN = ("base", "own", "best_single", "single")
+PLAIN = ("base", "best_single", "single", "own_cluster", "own_private")
+PRIVATE = "arrow_private"
 SELECTION_ROWS = 4
+Loaded = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class JudgeSettings:
     seeds: int = 3
 
     def routed(self) -> list[str]:
-        """The methods that need the routed model."""
+        """The methods that need the routed model of the library."""
         return ["uniform", *(f"random-{seed}" for seed in range(self.seeds)), "arrow"]
 
 
@@ -64,35 +66,52 @@ class Results:
 
 
 def judge_methods(
-    tasks: Sequence[Task], folders: Mapping[str, Path], store: Path, base: str | None, settings: JudgeSettings
+    tasks: Sequence[Task], trained: Trained, store: Path, loaded: Loaded, settings: JudgeSettings, base: str | None
 ) -> tuple[dict[str, dict], str]:
-    """Method -> task -> score of base, uniform, random-0 ..., single, Arrow and own; and the name of the best single.
+    """Method -> task -> score, and the name of the best single expert.
 
-    The best single adapter has the lowest mean loss over the tasks on some rows of their training sets, so that the
-    held-out rows choose nothing.
+    The methods are base; uniform, random-0 ..., single and Arrow over the clusters' experts; Arrow over the private
+    adapters; and each task with the expert of its cluster, and with its own private adapter. The best single expert
+    has the lowest mean loss over the tasks on some rows of their training sets: the held-out rows choose nothing.
+
+    Args:
+        tasks (`Sequence[Task]`): the tasks.
+        trained (`Trained`): the library, its clusters and the private adapters.
+        store (`Path`): the folder of the results; those of the same adapters, rows and settings are used again.
+        loaded (`Callable`): gives base and tokenizer; called only where something is not judged yet.
+        settings (`JudgeSettings`): how the methods are compared.
+        base (`str`, *optional*): the name of the base.
     """
     heldout = {task.name: task.heldout_rows(settings.heldout) for task in tasks}
     selection = {task.name: task.train_rows(SELECTION_ROWS) for task in tasks}
     text = [[row.prompt, row.completion] for rows in (heldout, selection) for name in rows for row in rows[name]]
-    fingerprint = files_fingerprint(list(folders.values()), [asdict(settings), base, text])
-    with tqdm(total=len(PLAIN) + len(settings.routed()), desc="judging", unit="method") as bar:
+    folders = trained.experts | trained.private
+    fingerprint = files_fingerprint(list(folders.values()), [asdict(settings), base, trained.groups, text])
+    with tqdm(total=len(PLAIN) + len(settings.routed()) + 1, desc="judging", unit="method") as bar:
         results = Results(store, fingerprint, bar)
-        loaded = None
         if not results.has(*PLAIN):
-            loaded = load_base(base)
-            _judge_plain(results, PlainJudge(*loaded, folders), heldout, selection)
+            _judge_plain(results, PlainJudge(*loaded(), folders), trained, heldout, selection)
         if not results.has(*settings.routed()):
-            _judge_routed(results, *(loaded or load_base(base)), folders, heldout, settings)
-    order = ["base", *settings.routed()[:-1], "single", "arrow", "own"]
+            _judge_routed(results, loaded, str(trained.library), settings.routed(), heldout, settings)
+        if not results.has(PRIVATE):
+            _judge_routed(results, loaded, trained.private, [PRIVATE], heldout, settings)
+    order = ["base", *settings.routed()[:-1], "single", "arrow", PRIVATE, "own_cluster", "own_private"]
     return {method: results.values[method] for method in order}, results.values["best_single"]
 
 
 def _judge_plain(
-    results: Results, judge: PlainJudge, heldout: Mapping[str, Sequence[Row]], selection: Mapping[str, Sequence[Row]]
+    results: Results,
+    judge: PlainJudge,
+    trained: Trained,
+    heldout: Mapping[str, Sequence[Row]],
+    selection: Mapping[str, Sequence[Row]],
 ) -> None:
     results.fill("base", lambda: _scores(lambda task, rows: judge.base(rows), heldout))
-    results.fill("own", lambda: _scores(judge.single, heldout))
-    results.fill("best_single", lambda: best_single(judge, selection))
+    results.fill("own_private", lambda: _scores(judge.single, heldout))
+    results.fill(
+        "own_cluster", lambda: _scores(lambda task, rows: judge.single(trained.cluster_of(task), rows), heldout)
+    )
+    results.fill("best_single", lambda: best_single(judge, list(trained.experts), selection))
     best = results.values["best_single"]
     results.fill("single", lambda: _scores(lambda task, rows: judge.single(best, rows), heldout))
     judge.model.unload()
@@ -100,19 +119,21 @@ def _judge_plain(
 
 def _judge_routed(
     results: Results,
-    base: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    folders: Mapping[str, Path],
+    loaded: Loaded,
+    adapters: str | Mapping[str, Path],
+    methods: Sequence[str],
     heldout: Mapping[str, Sequence[Row]],
     settings: JudgeSettings,
 ) -> None:
-    model = ArrowLoraModel.from_pretrained(base, adapters=dict(folders), top_k=settings.top_k)
-    for method in settings.routed():
+    base, tokenizer = loaded()
+    model = ArrowLoraModel.from_pretrained(base, adapters, top_k=settings.top_k)
+    for method in methods:
         if method.startswith("random-"):
             use_random_routing(model, settings.top_k, seed=int(method.removeprefix("random-")))
         else:
-            model.set_router(method, top_k=settings.top_k)
+            model.set_router("uniform" if method == "uniform" else "arrow", top_k=settings.top_k)
         results.fill(method, lambda: _scores(lambda task, rows: judge_rows(model, tokenizer, rows), heldout))
+    model.unload()
 
 
 def _scores(judge: Callable[[str, Sequence[Row]], Score], heldout: Mapping[str, Sequence[Row]]) -> dict[str, dict]:

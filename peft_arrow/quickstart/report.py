@@ -1,4 +1,4 @@
-"""What the quickstart shows: tables in text and Markdown, two pictures, and a page of tokens."""
+"""What the quickstart tells: clusters, tables in text and Markdown, answers, files, and what to do next."""
 
 import random
 import statistics
@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from ..tuner.trace_report import draw_heat_map, layer_labels, new_figure, routing_shares
-from .judge import encode
-from .tasks import Row
+from ..library.manifest import Evaluation
+from .base import BASE_ID
+from .settings import LIBRARY, WORK
 
 
 Scores = Mapping[str, Mapping[str, Mapping]]
@@ -108,38 +104,48 @@ def comparison_lines(methods: Scores) -> list[str]:
     for name, scores in methods.items():
         if name != "arrow":
             center, low, high = paired_difference(methods["arrow"], scores)
-            lines.append(f"  {name:<9} {center:+.3f}  [{low:+.3f}, {high:+.3f}]")
+            lines.append(f"  {name:<13} {center:+.3f}  [{low:+.3f}, {high:+.3f}]")
     return lines
 
 
 def explanation(result: Mapping) -> list[str]:
-    """What the columns of the tables are."""
-    settings, methods = result["settings"], result["methods"]
-    items = len(next(iter(methods["base"].values()))["row_losses"])
+    """What the columns of the tables are, and how many steps each adapter was trained for."""
+    settings, groups, steps = result["settings"], result["clusters"], result["steps"]
+    items = len(next(iter(result["methods"]["base"].values()))["row_losses"])
+    top_k, count, tasks = settings["top_k"], len(groups), sum(map(len, groups.values()))
+    private = sorted({steps[task] for tasks in groups.values() for task in tasks})
+    clusters = ", ".join(f"{cluster} {steps[cluster]}" for cluster in groups)
     return [
         f"{items} held-out rows a task; no entity and no template of them is in a training row.",
-        "uniform: every adapter with the same weight.",
-        f"random: {settings['top_k']} random adapters for each token and layer (mean of {settings['seeds']} seeds, "
-        "± standard deviation over seeds).",
-        f"single: {result['best_single']!r} for everything, the adapter with the lowest mean loss on training rows.",
-        f"arrow: Arrow routing between all adapters, top_k={settings['top_k']}.",
-        "own: each task with its own adapter (oracle).",
+        f"{settings['steps']} optimizer steps a task: {' or '.join(map(str, private))} for its private adapter, the "
+        f"others for the expert of its cluster, which has those of all its tasks: {clusters}.",
+        "base: the model without adapters.",
+        f"uniform: the clusters' experts ({count}), each with the same weight.",
+        f"random: {min(top_k, count)} of the clusters' experts for each token and module, chosen and weighted at "
+        f"random (mean of {settings['seeds']} seeds, ± standard deviation over seeds).",
+        f"single: {result['best_single']!r} for everything, the cluster's expert with the lowest mean loss on "
+        "training rows of all tasks.",
+        f"arrow: Arrow routing between the clusters' experts, top_k={top_k}. This is the library that was saved.",
+        f"arrow_private: Arrow routing between the private adapters ({tasks}), top_k={top_k}.",
+        "own_cluster: each task with the expert of its cluster (oracle: it is told the task).",
+        "own_private: each task with its own private adapter (oracle).",
     ]
 
 
 def render_text(result: Mapping) -> str:
-    """The tables and comparisons as plain text."""
-    methods = result["methods"]
+    """The clusters, the tables and comparisons as plain text."""
+    methods, clusters = result["methods"], render_clusters(result["clusters"], result["silhouette"])
     tables = [text_table(measure.title, table_cells(methods, measure)) for measure in (LOSS, EXACT)]
-    return "\n\n".join([*tables, "\n".join(explanation(result)), "\n".join(comparison_lines(methods))])
+    return "\n\n".join([clusters, *tables, "\n".join(explanation(result)), "\n".join(comparison_lines(methods))])
 
 
 def render_markdown(result: Mapping) -> str:
     """The same as Markdown."""
-    methods = result["methods"]
+    methods, clusters = result["methods"], render_clusters(result["clusters"], result["silhouette"])
     tables = [markdown_table(measure.title, table_cells(methods, measure)) for measure in (LOSS, EXACT)]
     comparison = "```\n" + "\n".join(comparison_lines(methods)) + "\n```"
-    return "\n\n".join([*tables, "\n".join(f"- {line}" for line in explanation(result)), comparison])
+    clusters = clusters.replace("\n  ", "\n- ").replace("\n", "\n\n", 1)
+    return "\n\n".join([clusters, *tables, "\n".join(f"- {line}" for line in explanation(result)), comparison])
 
 
 def render_answers(answers: Mapping[str, Mapping[str, str]]) -> str:
@@ -159,54 +165,71 @@ def shorten(text: str, width: int = 90) -> str:
     return line if len(line) <= width else line[: width - 1] + "\u2026"
 
 
-def draw_by_task(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str], path: Path) -> None:
-    """Tasks down, experts across: the share of the routing weight, averaged over layers."""
-    means = [[statistics.fmean(column) for column in zip(*layers.values(), strict=True)] for layers in shares.values()]
-    draw_heat_map(
-        means,
-        path,
-        title="Where the tokens of each task went:\nrouting weight in %, mean over layers",
-        columns=("expert (adapter)", experts),
-        rows=("task of the tokens", list(shares)),
-        annotate=True,
+def render_all(result: Mapping, output: Path) -> str:
+    """All that a run prints at its end; of adapters that were given there are no tables."""
+    is_built = "methods" in result
+    parts = [render_text(result)] if is_built else []
+    parts += [render_answers(result["answers"]), render_files(output)]
+    parts += [render_next(result["settings"]["base"], output)] if is_built else []
+    return "\n\n".join([*parts, f"Took {result['seconds']:.0f} s."])
+
+
+def render_clusters(groups: Mapping[str, Sequence[str]], silhouette: float | None) -> str:
+    """Which tasks are in which cluster."""
+    tasks = sum(map(len, groups.values()))
+    clear = "" if silhouette is None else f" (silhouette {silhouette:.2f})"
+    head = f"Clusters of the {tasks} private adapters by their weights{clear}, each with an expert of its own:"
+    return "\n".join([head, *(f"  {cluster}: {', '.join(names)}" for cluster, names in groups.items())])
+
+
+# How a card names the methods, where their columns' names need the lines under the table.
+CARD_METHODS = {
+    "base": "base model without adapters",
+    "random": "random routing",
+    "single": "best single expert",
+    "arrow_private": "arrow over the private adapters",
+    "own_cluster": "each task with its own expert (oracle)",
+    "own_private": "each task with its private adapter (oracle)",
+}
+
+
+def evaluations(result: Mapping) -> list[Evaluation]:
+    """The means of the tables and Arrow's loss on each task, for the library's card."""
+    shown, _ = collect_random(result["methods"])
+    kinds = {"loss": "completion loss in nats per token", "exact": "exact match"}
+    figures = []
+    for key, metric in kinds.items():
+        for method, scores in shown.items():
+            value, method = round(mean_over_tasks(scores, key), 4), CARD_METHODS.get(method, method)
+            figures.append(Evaluation("mean over tasks", metric, value, split="held-out", method=method))
+    for task, score in shown["arrow"].items():
+        figures.append(Evaluation(task, kinds["loss"], round(score["loss"], 4), split="held-out", method="arrow"))
+    return figures
+
+
+def render_files(output: Path) -> str:
+    """The files of a run that are there, each with what it is."""
+    kinds = {
+        f"{LIBRARY}/README.md": "the library's card",
+        f"{WORK}/clustering/similarity.png": "how alike the private adapters are, and their clusters",
+        f"{WORK}/clustering/map.png": "the same as a map",
+        f"{WORK}/clustering/dendrogram.png": "the same as a tree",
+        "experts_by_task.png": "which expert the tokens of each task went to",
+        "experts_by_layer.png": "the same for each layer",
+        "tokens.html": "the expert of each token",
+        "report.md": "the tables",
+        "report.txt": "the tables as text",
+        "report.json": "all numbers",
+    }
+    found = {str(output / name): kind for name, kind in kinds.items() if (output / name).exists()}
+    width = max(map(len, found))
+    return "\n".join(["Written:", *(f"  {path:<{width}}  {kind}" for path, kind in found.items())])
+
+
+def render_next(base: str | None, output: Path) -> str:
+    """How to load the library and how to share it."""
+    library = output / LIBRARY
+    return (
+        f'Load it:  ArrowLoraModel.from_pretrained("{base or BASE_ID}", "{library}")\n'
+        f"Share it: peft-arrow push {library} you/name"
     )
-
-
-def draw_by_layer(shares: Mapping[str, Mapping[str, list]], experts: Sequence[str], path: Path) -> None:
-    """One heat map a task: layers across, experts down; a task's own expert is framed."""
-    across = min(3, len(shares))
-    down = -(-len(shares) // across)
-    figure = new_figure(1.5 + 3.9 * across, 1.0 + (0.9 + 0.2 * len(experts)) * down)
-    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    image, top = None, max(share for layers in shares.values() for column in layers.values() for share in column)
-    for axes, (task, layers) in zip(grid.flat, shares.items(), strict=False):
-        values = [list(column) for column in zip(*layers.values(), strict=True)]
-        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto", interpolation="nearest")
-        axes.set_title(f"tokens of: {task}", fontsize=10)
-        axes.set_yticks(range(len(experts)), experts, fontsize=8)
-        labels = layer_labels(list(layers))
-        ticks = range(0, len(labels), max(1, len(labels) // 6))
-        axes.set_xticks(ticks, [labels[tick] for tick in ticks], fontsize=8)
-        if task in experts:
-            row = list(experts).index(task)
-            axes.axhspan(row - 0.5, row + 0.5, fill=False, edgecolor="tab:red", linewidth=1.5)
-    for position, axes in enumerate(grid.flat):
-        axes.set_visible(position < len(shares))
-        axes.tick_params(labelbottom=position + across >= len(shares))
-    figure.supxlabel("layer")
-    figure.supylabel("expert (adapter)")
-    figure.suptitle("Share of the routing weight of each expert in each layer (red frame: the task's own adapter)")
-    figure.colorbar(image, ax=grid, shrink=0.6, format=lambda value, _: f"{100 * value:.0f} %")
-    figure.savefig(path, dpi=110)
-
-
-def task_shares(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows_of: Mapping[str, Sequence[Row]]
-) -> dict[str, dict[str, list]]:
-    """For each task, layer -> share of each expert, over all tokens of its rows."""
-    shares = {}
-    for task, rows in tqdm(rows_of.items(), desc="drawing", unit="task"):
-        with model.trace_routing() as trace:
-            model(**encode(tokenizer, rows)[0], logits_to_keep=1)
-        shares[task] = routing_shares(trace)
-    return shares

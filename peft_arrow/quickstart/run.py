@@ -1,6 +1,8 @@
-"""The quickstart: train, route, judge, answer, draw."""
+"""The quickstart: build a library, route it, judge, answer, draw."""
 
+import functools
 import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,14 +15,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
+from ..library.library import AdapterLibrary
 from ..tuner.trace_report import routing_html
-from . import report
+from . import pictures, report
 from .base import load_base, silence_known_warnings
 from .judge import encode, files_fingerprint
-from .methods import JudgeSettings, judge_methods
+from .methods import JudgeSettings, Loaded, judge_methods
+from .settings import Trained, TrainSettings
 from .task_list import load_tasks
 from .tasks import Row, Task
-from .train import TrainSettings, train_adapters
+from .train import train_experts
 
 
 TRACED_ROWS = 8
@@ -36,43 +40,86 @@ def run_quickstart(
     prompts: Sequence[str] | None = None,
     training: TrainSettings | None = None,
     judging: JudgeSettings | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """Route a base model between adapters and show what that is worth; the work of an earlier run is used again.
+    """Build a library from small tasks, route it, and show what that is worth; what an earlier run did is used again.
 
     Args:
         base (`str`, *optional*): folder or Hub id of a causal language model; by default SmolLM2-135M-Instruct.
         adapters (`Sequence[str]` or `Mapping[str, str]`, *optional*):
             References to adapters of `base`. They are routed as they are: nothing is trained and no table is made.
-        output (`str` or `Path`): the folder for everything that is written.
+        output (`str` or `Path`): the folder for everything that is written; the library is in `library/`.
         tasks (`Sequence[str]`, *optional*): names of quickstart tasks; by default all.
         prompts (`Sequence[str]`, *optional*): what to answer; by default a held-out prompt of each task.
-        training (`TrainSettings`, *optional*): how the adapters are trained; its base is replaced by `base`.
+        training (`TrainSettings`, *optional*): of the library; with the given base, and at most one cluster a task.
         judging (`JudgeSettings`, *optional*): how the methods are compared.
-        workers (`int`): processes that train, of one thread each.
+        workers (`int`, *optional*): processes that train; by default 2 of one thread each on a CPU of two cores.
 
     Returns:
         `dict`: the content of `report.json`: `methods` (per method and task `loss`, `exact`, `row_losses`) and more.
+
+    Raises:
+        BuildFailed: the library could not be built.
     """
     started = time.monotonic()
     silence_known_warnings()
-    training, judging = training or TrainSettings(), judging or JudgeSettings()
-    chosen, output = load_tasks(tasks), Path(output)
+    chosen, output, judging = load_tasks(tasks), Path(output), judging or JudgeSettings()
+    training = with_clusters(replace(training or TrainSettings(), base=base), len(chosen))
     output.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"settings": asdict(training) | asdict(judging) | {"base": base}, "fingerprint": None}
+    loaded = functools.cache(lambda: load_base(base))
+    result: dict[str, Any] = {"settings": asdict(training) | asdict(judging), "fingerprint": None}
+    trained: Trained | None = None
     if adapters is None:
-        adapters = train_adapters(chosen, output / "adapters", replace(training, base=base), workers)
-        result["methods"], result["best_single"] = judge_methods(chosen, adapters, output / "judged", base, judging)
-        write_tables(result, output)
-        result["fingerprint"] = files_fingerprint(list(adapters.values()), [result["settings"], list(prompts or ())])
+        trained = train_experts(chosen, output, training, workers, command_of(tasks, training))
+        chosen, adapters = load_tasks(list(trained.private)), str(trained.library)
+        measure(result, chosen, trained, output, loaded, judging)
+        result["fingerprint"] = fingerprint_of(result, trained, prompts)
     shown = earlier_answers(output, result["fingerprint"])
-    result |= shown or answer_and_draw(base, adapters, chosen, prompts, judging, output)
+    rows = answered_rows(chosen, prompts, judging)
+    result |= shown or answer_and_draw(loaded, adapters, rows, own_experts(rows, trained), judging, output)
     result["seconds"] = round(time.monotonic() - started, 1)
     (output / "report.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(report.render_answers(result["answers"]))
-    print("\nWritten:", *(f"  {path}" for path in sorted(output.iterdir())), sep="\n")
-    print(f"Took {result['seconds']:.0f} s.")
+    print(f"\n{report.render_all(result, output)}")
     return result
+
+
+def with_clusters(training: TrainSettings, tasks: int) -> TrainSettings:
+    """The settings with at most as many clusters as tasks; "auto" has to have three tasks to choose from."""
+    is_number = isinstance(training.clusters, int)
+    few = tasks < training.clusters if is_number else tasks < 3
+    return replace(training, clusters=tasks) if few else training
+
+
+def fingerprint_of(result: Mapping[str, Any], trained: Trained, prompts: Sequence[str] | None) -> str:
+    """Changes with all that decides answers and pictures."""
+    return files_fingerprint(list(trained.experts.values()), [result["settings"], trained.groups, list(prompts or ())])
+
+
+def command_of(tasks: Sequence[str] | None, training: TrainSettings) -> str:
+    """The command that builds the same library, for its card; of a folder only the name is told."""
+    base = training.base and (Path(training.base).name if Path(training.base).exists() else training.base)
+    words = ["peft-arrow", "quickstart", *(["--base", base] if base else []), *(["--tasks", *tasks] if tasks else [])]
+    return shlex.join([*words, "--steps", str(training.steps), "--clusters", str(training.clusters)])
+
+
+def measure(
+    result: dict[str, Any],
+    tasks: Sequence[Task],
+    trained: Trained,
+    output: Path,
+    loaded: Loaded,
+    judging: JudgeSettings,
+) -> None:
+    """Compare the methods; put what was found into `result`, the reports and the library's card."""
+    base = result["settings"]["base"]
+    methods, best = judge_methods(tasks, trained, output / "judged", loaded, judging, base)
+    result |= {"clusters": trained.groups, "silhouette": trained.silhouette, "steps": trained.steps}
+    result |= {"methods": methods, "best_single": best}
+    (output / "report.txt").write_text(report.render_text(result) + "\n", encoding="utf-8")
+    (output / "report.md").write_text(report.render_markdown(result) + "\n", encoding="utf-8")
+    library, found = AdapterLibrary.from_pretrained(trained.library), report.evaluations(result)
+    if list(library.notes.evaluation) != found:
+        library.describe(evaluation=found).save_pretrained(trained.library)
 
 
 def earlier_answers(output: Path, fingerprint: str | None) -> dict[str, Any]:
@@ -85,29 +132,33 @@ def earlier_answers(output: Path, fingerprint: str | None) -> dict[str, Any]:
     return {key: stored[key] for key in ("answers", "files")}
 
 
+def answered_rows(
+    tasks: Sequence[Task], prompts: Sequence[str] | None, judging: JudgeSettings
+) -> dict[str, list[Row]]:
+    """The prompts that were given, or rows of each task: the first of each is answered, some are traced."""
+    rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts or (), 1)}
+    return rows or {task.name: task.heldout_rows(judging.heldout) for task in tasks}
+
+
+def own_experts(rows: Mapping[str, Sequence[Row]], trained: Trained | None) -> dict[str, str]:
+    """Task -> the expert of its cluster; empty for prompts and for adapters of the user's."""
+    known = trained.private if trained else {}
+    return {name: trained.cluster_of(name) for name in rows if name in known}
+
+
 def answer_and_draw(
-    base: str | None,
+    loaded: Loaded,
     adapters: Any,
-    tasks: Sequence[Task],
-    prompts: Sequence[str] | None,
+    rows: Mapping[str, Sequence[Row]],
+    own: Mapping[str, str],
     judging: JudgeSettings,
     output: Path,
 ) -> dict[str, Any]:
-    """Answer one prompt of each task, or the given ones, in one batch, and draw where the tokens went."""
-    rows = {f"prompt {number}": [Row(prompt, "", (), "")] for number, prompt in enumerate(prompts or (), 1)}
-    rows = rows or {task.name: task.heldout_rows(judging.heldout) for task in tasks}
-    model, tokenizer = load_base(base)
-    routed = ArrowLoraModel.from_pretrained(model, adapters=adapters, top_k=judging.top_k)
+    """Answer the first of each rows in one batch, and draw where the tokens went."""
+    base, tokenizer = loaded()
+    routed = ArrowLoraModel.from_pretrained(base, adapters=adapters, top_k=judging.top_k)
     answers = answer_batch(routed, tokenizer, {name: rows[name][0] for name in rows})
-    return {"answers": answers, "files": draw(routed, tokenizer, rows, output)}
-
-
-def write_tables(result: Mapping[str, Any], output: Path) -> None:
-    """Print the tables, and write them to `report.txt` and `report.md`."""
-    text = report.render_text(result)
-    (output / "report.txt").write_text(text + "\n", encoding="utf-8")
-    (output / "report.md").write_text(report.render_markdown(result) + "\n", encoding="utf-8")
-    print(f"\n{text}\n")
+    return {"answers": answers, "files": draw(routed, tokenizer, rows, own, output)}
 
 
 @torch.no_grad()
@@ -136,13 +187,17 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, batch: Mappin
 
 @torch.no_grad()
 def draw(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Sequence[Row]], output: Path
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, Sequence[Row]],
+    own: Mapping[str, str],
+    output: Path,
 ) -> list[str]:
     """Two pictures of where each task's tokens went, and a page with the expert of each token of one row a task."""
     names = {name: output / name for name in ("experts_by_task.png", "experts_by_layer.png", "tokens.html")}
-    shares = report.task_shares(model, tokenizer, {task: rows[task][:TRACED_ROWS] for task in rows})
-    report.draw_by_task(shares, model.expert_names, names["experts_by_task.png"])
-    report.draw_by_layer(shares, model.expert_names, names["experts_by_layer.png"])
+    shares = pictures.task_shares(model, tokenizer, {task: rows[task][:TRACED_ROWS] for task in rows})
+    pictures.draw_by_task(shares, model.expert_names, names["experts_by_task.png"], own)
+    pictures.draw_by_layer(shares, model.expert_names, names["experts_by_layer.png"], own)
     with model.trace_routing() as trace:
         model(**encode(tokenizer, [rows[task][0] for task in rows])[0], logits_to_keep=1)
     routing_html(trace, names["tokens.html"], tokenizer, labels=list(rows))

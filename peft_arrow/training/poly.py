@@ -20,6 +20,7 @@ from .checkpoints import checkpoints_of
 from .data import Examples, check_lengths, joined
 from .jobs import Job, Plan, finished, identity_of
 from .processes import Processes
+from .progress import reporting
 from .recipe import lora_arguments, sft_arguments
 from .record import TrainingRecord
 from .stage import Stage, try_job
@@ -78,11 +79,12 @@ def train_poly(
             "which the trainer refuses for a sharded model; launch without them, or choose another kind."
         )
     job = _plan_poly(base, parts, folder / MODEL_NAME, plan, steps, n_skills, n_splits)
-    reasons = []
-    if processes.from_main(finished(job, plan.overwrite) is None):
+    loads = {MODEL_NAME: steps} if processes.from_main(finished(job, plan.overwrite) is None) else {}
+    if loads:
         base.load()
-        reasons = [try_job(base, job, plan, processes, progress) for _ in processes.mine([MODEL_NAME])]
-    failed = [reason for reason in processes.gather(reasons) if reason is not None]
+    with reporting(f"stage {MODEL_NAME}", folder, loads, processes, progress and bool(loads)) as reporter:
+        reasons = [try_job(base, job, plan, processes, reporter) for _ in processes.mine(list(loads))]
+        failed = [reason for reason in processes.gather(reasons) if reason is not None]
     if failed:
         return Stage(MODEL_NAME, folder, {}, {MODEL_NAME: failed[0]})
     return Stage(MODEL_NAME, folder, {MODEL_NAME: TrainingRecord.read(job.folder)}, {})

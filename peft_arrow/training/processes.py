@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,19 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 def _group(world: Any, timeout: timedelta) -> Any:
     """A group for what processes tell each other, on CPUs, whatever backend and timeout `world` was made with."""
     return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def balanced(names: Sequence[str], loads: Mapping[str, float], parts: int) -> list[list[str]]:
+    """Divide names so that the loads of the parts are about equal: the largest first, each to the lightest part.
+
+    Equal loads keep their order and go to the first of the lightest parts, so that every process finds the same
+    division. In a part the names are in the order given.
+    """
+    sums, dealt = [0.0] * parts, {}
+    for name in sorted(names, key=lambda name: -loads[name]):
+        dealt[name] = sums.index(min(sums))
+        sums[dealt[name]] += loads[name]
+    return [[name for name in names if dealt[name] == part] for part in range(parts)]
 
 
 class Processes:
@@ -56,12 +69,11 @@ class Processes:
         """Whether this process writes the experts that it trains."""
         return self.is_main or not self.together
 
-    def mine(self, names: Sequence[str]) -> list[str]:
-        """The names that this process works on."""
+    def mine(self, names: Sequence[str], loads: Mapping[str, float] | None = None) -> list[str]:
+        """The names that this process works on: each process gets about the same load, by default of 1 a name."""
         if self.together or self.count == 1:
             return list(names)
-        with self.state.split_between_processes(list(names)) as part:
-            return list(part)
+        return balanced(names, loads or dict.fromkeys(names, 1), self.count)[self.state.process_index]
 
     def gather(self, items: list[Any]) -> list[Any]:
         """The items of all processes, in their order; waits for all."""

@@ -18,11 +18,11 @@ from .base import without_renaming_notices
 
 INIT_SEED = 42
 # transformers 5 takes a share of the steps where version 4 had an argument of its own
-_WARMUP = "warmup_steps" if Version(transformers.__version__) >= Version("5") else "warmup_ratio"
+WARMUP = "warmup_steps" if Version(transformers.__version__) >= Version("5") else "warmup_ratio"
 SFT_RECIPE = {
     "learning_rate": 1e-4,
     "lr_scheduler_type": "linear",
-    _WARMUP: 0.06,
+    WARMUP: 0.06,
     "weight_decay": 0.0,
     "max_grad_norm": 0.1,
     "num_train_epochs": 5,

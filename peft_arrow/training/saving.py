@@ -49,8 +49,9 @@ def finish(
     made: Mapping[str, Any],
     description: str,
     failures: Mapping[str, str] | None = None,
+    pictures: Mapping[Path, str] | None = None,
 ) -> AdapterLibrary:
-    """Save a stage's experts as a library with its card.
+    """Save a stage's experts as a library with its card, which shows `pictures` (file -> caption).
 
     Raises:
         TrainingFailed: some experts failed, of this stage or of `failures`; the others are saved, and the card names
@@ -62,7 +63,7 @@ def finish(
     if library is not None:
         told = {**made, **({"failed": failed} if failed else {})}
         if processes.is_main:
-            _save(library.describe(description, made=told), target)
+            _save(library.describe(description, made=told, pictures=pictures or {}), target)
         processes.gather([])
         library = AdapterLibrary.from_pretrained(target)
     if failed:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from ..library.library import AdapterLibrary
 from ..library.manifest import Origin
 from .base import Base
 from .data import Examples
 from .errors import TASK_ERRORS
-from .jobs import Job, Plan, finished, moved, plan_job, train_job
+from .jobs import Job, Plan, finished, plan_job, train_job
 from .processes import Processes
+from .progress import Reporter, forget_notes, planned_steps, reporting
 from .record import TrainingRecord
 
 
@@ -86,9 +85,9 @@ def train_stage(
         parts (`Mapping[str, Examples]`): expert name -> its rows.
         folder (`Path`): of the stage.
         plan (`Plan`): for all experts.
-        processes (`Processes`): the experts are divided over them.
+        processes (`Processes`): the experts are divided over them, so that all have about the same number of steps.
         steps (`Mapping[str, int]`, *optional*): optimizer steps of each expert, in the place of epochs.
-        progress (`bool`): show bars, and a line for each expert.
+        progress (`bool`): show a bar, and a line for each expert.
 
     Raises:
         ValueError: an expert's rows or configs are bad, it was trained in another way before, or the base is bad.
@@ -98,40 +97,43 @@ def train_stage(
         expert: plan_job(base, examples, folder / expert, plan, (steps or {}).get(expert))
         for expert, examples in parts.items()
     }
+    if processes.is_main:
+        forget_notes(folder)
     todo = [expert for expert, job in jobs.items() if finished(job, plan.overwrite) is None]
     todo = processes.from_main(todo)
-    skipped = f", {len(jobs) - len(todo)} of {len(jobs)} are there already" if len(todo) < len(jobs) else ""
-    mine = processes.mine(todo)
+    skipped = f", {len(jobs) - len(todo)} of {len(jobs)} experts are there already" if len(todo) < len(jobs) else ""
+    loads = {expert: planned_steps(jobs[expert].arguments, len(jobs[expert].examples.dataset)) for expert in todo}
+    mine = processes.mine(todo, loads)
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
         base.load()
     failures = []
-    shown = progress and processes.is_main
-    with tqdm(mine, desc=f"{name} experts{skipped}", unit="expert", disable=not shown) as bar:
-        for expert in bar:
-            reason = try_job(base, jobs[expert], plan, processes, progress)
+    with reporting(f"stage {name}{skipped}", folder, loads, processes, progress) as reporter:
+        for expert in mine:
+            reason = try_job(base, jobs[expert], plan, processes, reporter)
             if reason is not None:
                 failures.append((expert, reason))
-    failed = dict(processes.gather(failures))
+        failed = dict(processes.gather(failures))
+    if processes.is_main:
+        forget_notes(folder)
     records = {expert: TrainingRecord.read(job.folder) for expert, job in jobs.items() if expert not in failed}
     return Stage(name, folder, records, {expert: failed[expert] for expert in jobs if expert in failed})
 
 
-def try_job(base: Base, job: Job, plan: Plan, processes: Processes, progress: bool) -> str | None:
+def try_job(base: Base, job: Job, plan: Plan, processes: Processes, reporter: Reporter) -> str | None:
     """Train one expert and tell in one line what came of it; returns why it failed, or None.
 
     Raises:
         RuntimeError: of processes that train it together only some failed; see `Processes.agreed`.
     """
-    with tqdm(desc=job.name, unit="step", leave=False, disable=not (progress and processes.is_main)) as bar:
-        try:
-            record = train_job(base, job, plan, processes, moved(bar))
-        except (*TASK_ERRORS, SafetensorError) as error:
-            _LOGGER.debug("expert %s failed", job.name, exc_info=True)
-            told = (str(error).splitlines() or [""])[0]
-            reason, line = f"{type(error).__name__}: {told}", f"{job.name}: failed, {told}"
-        else:
-            reason, line = None, record.told()
-    if progress and processes.is_alone_or_main:
-        tqdm.write(line, file=sys.stderr)
+    on_step = reporter.begin(job.name)
+    try:
+        record = train_job(base, job, plan, processes, on_step)
+    except (*TASK_ERRORS, SafetensorError) as error:
+        _LOGGER.debug("expert %s failed", job.name, exc_info=True)
+        told = (str(error).splitlines() or [""])[0]
+        reason, line = f"{type(error).__name__}: {told}", f"{job.name}: failed, {told}"
+    else:
+        reason, line = None, record.told()
+    reporter.end(line)
     return processes.agreed(reason)

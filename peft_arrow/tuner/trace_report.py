@@ -118,8 +118,9 @@ def draw_heat_map(
     columns: tuple[str, Sequence[str]],
     rows: tuple[str, Sequence[str]],
     annotate: bool = False,
+    framed: Sequence[tuple[int, int]] = (),
 ) -> None:
-    """One heat map of shares from 0 to 1; `columns` and `rows` are an axis label and its ticks.
+    """One heat map of shares from 0 to 1; `columns` and `rows` are an axis label and its ticks; `framed` are cells.
 
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
@@ -139,6 +140,10 @@ def draw_heat_map(
             for x, value in enumerate(row):
                 color = "white" if value > 0.6 * top else "black"
                 axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=color)
+    axes.autoscale(False)
+    for y, x in framed:
+        corners = ((x - 0.5, x + 0.5, x + 0.5, x - 0.5, x - 0.5), (y - 0.5, y - 0.5, y + 0.5, y + 0.5, y - 0.5))
+        axes.plot(*corners, color="tab:red", linewidth=1.5, clip_on=False)
     figure.colorbar(image, ax=axes, format=lambda value, _: f"{100 * value:.0f} %")
     figure.savefig(path, dpi=130)
 

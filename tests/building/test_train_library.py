@@ -242,3 +242,31 @@ def test_partitions_and_budgets():
     assert dealt == random_tasks(names, 3, seed=1) != random_tasks(names, 3, seed=2)
     assert [private_share(steps) for steps in (2, 3, 5, 10, 100)] == [1, 1, 2, 4, 40]
     assert divided(10, ["a", "b", "c"]) == {"a": 4, "b": 3, "c": 3}
+
+
+def test_the_clustering_is_drawn_and_told(base_folder, tmp_path):
+    """Pictures of the private adapters' clustering lie with the work; the card shows one and tells the silhouette."""
+    pytest.importorskip("matplotlib")
+    library = build(base_folder, tmp_path / "library", kind="mbc")
+    drawn = sorted(path.name for path in (tmp_path / "library-training/clustering").iterdir())
+    assert drawn == ["dendrogram.png", "map.png", "similarity.png"]
+    assert [picture.file for picture in library.notes.pictures] == ["similarity.png"]
+    shown = tmp_path / "library/pictures/similarity.png"
+    assert shown.read_bytes() == (tmp_path / "library-training/clustering/similarity.png").read_bytes()
+    assert "](pictures/similarity.png)" in (tmp_path / "library/README.md").read_text()
+    told = library.notes.made["clustering"]
+    assert told["embedding"] == "delta" and told["n_clusters"] == 2 and -1 <= told["silhouette"] <= 1
+
+
+def test_without_matplotlib_nothing_is_drawn(base_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    library = build(base_folder, tmp_path / "library", kind="mbc", progress=True)
+    assert len(library) == 2 and library.notes.pictures == () and "silhouette" in library.notes.made["clustering"]
+    told = [line for line in capsys.readouterr().err.splitlines() if "not drawn" in line]
+    assert len(told) == 1 and "pip install 'peft-arrow[viz]'" in told[0]
+
+
+def test_one_task_is_one_cluster(base_folder, tmp_path):
+    library = build(base_folder, tmp_path / "library", {"only": TASKS["task0"]}, kind="mbc", n_clusters=1)
+    assert library.notes.made["groups"] == {"cluster_0": ["only"]}
+    assert library.notes.made["clustering"]["silhouette"] is None

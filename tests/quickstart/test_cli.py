@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peft_arrow.cli import main, quickstart
-from peft_arrow.quickstart import JudgeSettings, TrainSettings
+from peft_arrow.quickstart import BuildFailed, JudgeSettings, TrainSettings
 
 
 @pytest.fixture
@@ -33,11 +33,11 @@ def test_defaults_are_those_of_the_function(calls, capsys):
 
 def test_arguments_reach_the_function(calls):
     line = "quickstart --base b --adapters x y@1 --output o --tasks roman clock --prompts p q\\n"
-    assert main([*line.split(), "--steps", "3", "--heldout", "5", "--top-k", "2"]) == 0
+    assert main([*line.split(), "--steps", "3", "--clusters", "auto", "--heldout", "5", "--top-k", "2"]) == 0
     ((args, kwargs),) = calls
     assert args == ("b", ["x", "y@1"], "o")
     assert kwargs["tasks"] == ["roman", "clock"] and kwargs["prompts"] == ["p", "q\n"]
-    assert kwargs["training"].steps == 3
+    assert kwargs["training"] == TrainSettings(steps=3, clusters="auto")
     assert kwargs["judging"] == JudgeSettings(heldout=5, top_k=2)
 
 
@@ -49,7 +49,8 @@ def test_json_is_all_of_stdout(calls, capsys):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "fly", "quickstart --steps 0", "quickstart --top-k 2.5", "quickstart --adapters"]
+    "line",
+    ["", "fly", "quickstart --steps 0", "quickstart --top-k 2.5", "quickstart --clusters 0", "quickstart --adapters"],
 )
 def test_bad_arguments_are_2(line, calls, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -68,6 +69,15 @@ def test_exit_codes_of_failures(error, code, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "run_quickstart", fail)
     assert main(["quickstart"]) == code
     assert str(error) in capsys.readouterr().err
+
+
+def test_a_build_that_failed_is_one_line(monkeypatch):
+    def fail(*args, **kwargs):
+        raise BuildFailed("1 experts failed")
+
+    monkeypatch.setattr(quickstart, "run_quickstart", fail)
+    with pytest.raises(SystemExit, match="^peft-arrow quickstart: 1 experts failed$"):
+        main(["quickstart"])
 
 
 def test_unknown_task_is_refused_before_any_work(tmp_path, capsys):

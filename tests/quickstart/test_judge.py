@@ -9,10 +9,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from peft_arrow import ArrowLoraModel
-from peft_arrow.quickstart import methods
+from peft_arrow import AdapterLibrary, ArrowLoraModel
 from peft_arrow.quickstart.judge import PlainJudge, encode, files_fingerprint, judge_rows, use_random_routing
 from peft_arrow.quickstart.methods import JudgeSettings, Results, judge_methods
+from peft_arrow.quickstart.settings import Trained
 from peft_arrow.quickstart.task_list import load_tasks
 from peft_arrow.quickstart.tasks import Row
 
@@ -93,17 +93,32 @@ def test_results_are_kept_under_a_fingerprint(tmp_path):
     bar.close()
 
 
-def test_judge_methods_is_not_repeated(tmp_path, base, tokenizer, adapter_folders, monkeypatch):
+def test_judge_methods_is_not_repeated(tmp_path, base, tokenizer, adapter_folders):
+    """Three private adapters, two clusters; each column against the model it stands for, loaded by itself."""
     tasks = load_tasks(["roman", "clock", "spell"])
-    folders = dict(zip(("roman", "clock", "spell"), map(Path, adapter_folders.values()), strict=True))
+    first, second, third = map(Path, adapter_folders.values())
+    library = AdapterLibrary.from_pretrained({"cluster_0": third, "cluster_1": first}, "my-base")
+    library.save_pretrained(tmp_path / "library")
+    experts = {name: tmp_path / "library/experts" / name for name in ("cluster_0", "cluster_1")}
+    groups = {"cluster_0": ["clock", "spell"], "cluster_1": ["roman"]}
+    private = {"clock": second, "spell": third, "roman": first}
+    trained = Trained(tmp_path / "library", experts, private, groups)
     settings = JudgeSettings(heldout=2, top_k=2, seeds=2)
-    monkeypatch.setattr(methods, "load_base", lambda name: (base, tokenizer))
-    scores, best = judge_methods(tasks, folders, tmp_path, None, settings)
-    assert list(scores) == ["base", "uniform", "random-0", "random-1", "single", "arrow", "own"]
-    assert best in folders
-    assert scores["single"][best] == scores["own"][best]
-    monkeypatch.delattr(methods, "load_base")
-    assert judge_methods(tasks, folders, tmp_path, None, settings) == (scores, best)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    scores, best = judge_methods(tasks, trained, tmp_path, lambda: (base, tokenizer), settings, None)
+    names = ["base", "uniform", "random-0", "random-1", "single", "arrow", "arrow_private", "own_cluster"]
+    assert list(scores) == [*names, "own_private"] and best in experts
+    assert scores["own_private"]["spell"] == scores["own_cluster"]["spell"] != scores["own_cluster"]["clock"]
+    assert scores["own_private"]["roman"] == scores["own_cluster"]["roman"]
+    assert all(scores["single"][task] == scores["own_cluster"][task] for task in groups[best])
+    assert scores["arrow"] != scores["arrow_private"] != scores["uniform"]
+    for method, adapters in (("arrow", tmp_path / "library"), ("arrow_private", private)):
+        model = ArrowLoraModel.from_pretrained(base, adapters, top_k=2)
+        expected = judge_rows(model, tokenizer, tasks[0].heldout_rows(2)).row_losses
+        assert scores[method]["roman"]["row_losses"] == pytest.approx(expected, abs=1e-5)
+        model.unload()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert judge_methods(tasks, trained, tmp_path, None, settings, None) == (scores, best)
 
 
 def test_fingerprint_follows_the_weights(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from peft_arrow.quickstart.methods import SELECTION_ROWS, JudgeSettings
+from peft_arrow.quickstart.settings import TrainSettings
 from peft_arrow.quickstart.task_list import load_tasks, roman, twelve_hour_clock
 from peft_arrow.quickstart.tasks import MAX_TOKENS
-from peft_arrow.quickstart.train import TrainSettings
 
 
 TASKS = {task.name: task for task in load_tasks()}
