@@ -66,9 +66,6 @@ def _push(arguments: argparse.Namespace, library: AdapterLibrary) -> tuple[Commi
     """The commit, or why there is none and how to push later."""
     try:
         return library.push_to_hub(arguments.push, private=arguments.private, token=arguments.token), None
-    except (
-        ValueError,
-        *HfHubHTTPError.__bases__,
-    ) as error:  # of its bases one is a lost connection, the other OSError
+    except (ValueError, *HfHubHTTPError.__bases__) as error:  # its bases: OSError, and a lost connection
         words = ["peft-arrow", "push", arguments.output, arguments.push, *(["--private"] if arguments.private else [])]
         return None, f"{' '.join(str(error).split())}\nPush it later: {shlex.join(words)}"
