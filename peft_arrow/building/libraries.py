@@ -60,15 +60,14 @@ def train_library(
         raise ValueError(f"kind={kind!r} is unknown; allowed are {list(KINDS)}.")
     target, setup, parts = check_output(output_dir), set_up(base, **training), read_tasks(datasets)
     check_named(setup.base)
-    if kind in CLUSTERED:
-        check_clusters(n_clusters, kind, len(parts))
+    check_clusters(n_clusters, kind, len(parts))
     work = work_folder(target)
     budget = steps_of_tasks(parts, sft_arguments(setup.plan.sft_config, work), steps, 2 if kind == "mbc" else 1)
     build = Build(setup, parts, budget, work, n_clusters, seed, options)
     built = KINDS[kind](build)
-    told = {**told_of_build(kind, build, built), **(made or {})}
-    told_of_kind, failed, pictures = describe(kind), built.failed_before, built.pictures
-    return finish(built.stages[-1], setup.base, target, setup.processes, told, told_of_kind, failed, pictures)
+    told = told_of_build(kind, build, built) | dict(made or {})
+    also = {"failures": built.failed_before, "pictures": built.pictures}
+    return finish(built.stages[-1], setup.base, target, setup.processes, told, describe(kind), **also)
 
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:

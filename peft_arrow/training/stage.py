@@ -107,13 +107,9 @@ def train_stage(
     if mine:
         folder.mkdir(parents=True, exist_ok=True)
         base.load()
-    failures = []
     with reporting(f"stage {name}{skipped}", folder, loads, processes, progress) as reporter:
-        for expert in mine:
-            reason = try_job(base, jobs[expert], plan, processes, reporter)
-            if reason is not None:
-                failures.append((expert, reason))
-        failed = dict(processes.gather(failures))
+        reasons = [(expert, try_job(base, jobs[expert], plan, processes, reporter)) for expert in mine]
+        failed = {expert: reason for expert, reason in processes.gather(reasons) if reason is not None}
     if processes.is_main:
         forget_notes(folder)
     records = {expert: TrainingRecord.read(job.folder) for expert, job in jobs.items() if expert not in failed}
