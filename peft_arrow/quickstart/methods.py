@@ -23,10 +23,10 @@ Loaded = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How the methods are compared: held-out rows a task, experts a token, and runs of random routing."""
+    """How the methods are compared: held-out rows a task, experts a token (of four), and runs of random routing."""
 
     heldout: int = 24
-    top_k: int = 4
+    top_k: int = 2
     seeds: int = 3
 
     def routed(self) -> list[str]:
