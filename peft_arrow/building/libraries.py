@@ -72,6 +72,8 @@ def train_library(
 
 def check_clusters(n_clusters: int | str, kind: str, tasks: int) -> None:
     """Refuse numbers of clusters that cannot be: each of the clustered kinds puts at least one task in a cluster."""
+    if kind not in CLUSTERED:
+        return
     if n_clusters == "auto" and kind == "mbc":
         if tasks < 3:
             raise ValueError(f"n_clusters='auto' is not allowed for {tasks} tasks; it needs at least 3.")
