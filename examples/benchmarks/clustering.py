@@ -128,7 +128,8 @@ def measure(method: str, folders: list[str]) -> dict[str, float]:
 
 def fits(method: str, count: int, parameters: int) -> bool:
     """Whether flattening so many adapters, with the copy that the SVD makes, fits in what memory is free."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     numbers = 2 * count + 3 * 74  # the matrix and a copy; the 64 + 10 directions of the SVD, three times
     return method != FLATTEN or 4 * numbers * parameters < 0.9 * free
 

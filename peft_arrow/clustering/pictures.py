@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from scipy.cluster.hierarchy import dendrogram, leaves_list
-from sklearn.decomposition import PCA
+from sklearn.decomposition import KernelPCA
 
 from .grouping import average_tree
 
@@ -88,10 +88,9 @@ def similarity_figure(names: Sequence[str], labels: np.ndarray, similarity: np.n
 
 
 def map_figure(names: Sequence[str], labels: np.ndarray, similarity: np.ndarray, title: str) -> Any:
-    """The first two principal components of the rows of the similarity matrix, without its diagonal."""
-    rows = similarity.astype(float).copy()
-    np.fill_diagonal(rows, 0)
-    places = PCA(2, random_state=0).fit_transform(rows) if len(names) > 2 else np.eye(2)[: len(names)]
+    """The first two principal components of the updates at length 1, from their inner products, the cosines."""
+    pca = KernelPCA(2, kernel="precomputed", eigen_solver="dense")
+    places = pca.fit_transform(similarity.astype(float)) if len(names) > 2 else np.eye(2)[: len(names)]
     figure = _new_figure(10, max(6.5, 1.2 + 0.15 * min(len(names), MOST_NAMES)))
     axes, margin = figure.subplots(1, 2, width_ratios=(4, 1))
     for label in np.unique(labels):
@@ -105,7 +104,7 @@ def map_figure(names: Sequence[str], labels: np.ndarray, similarity: np.ndarray,
     else:
         lines = [(f"cluster_{label}", label) for label in np.unique(labels)]
     _list_beside(margin, lines)
-    axes.set(title=title, xlabel="first principal component of the similarities", ylabel="second", xmargin=0.08)
+    axes.set(title=title, xlabel="first principal component of the updates", ylabel="second", xmargin=0.08)
     return figure
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import builtins
 import json
 
+import numpy as np
 import pytest
 
 from peft_arrow import AdapterLibrary, MBCClusterer
 from peft_arrow.cli import main
+from peft_arrow.clustering.pictures import map_figure
 from tests.clustering.planted import planted
 
 
@@ -62,3 +64,17 @@ def test_pictures_name_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'peft-arrow\[viz\]'"):
         found.plot(tmp_path)
+
+
+def test_the_map_puts_together_what_is_alike():
+    """Two that are most like each other are the nearest pair; the zero diagonal of an older map parted them."""
+    similarity = np.full((6, 6), 0.05)
+    for group, cosine in (((0, 1), 0.4), ((2, 3), 0.2), ((4, 5), 0.3)):
+        similarity[np.ix_(group, group)] = cosine
+    np.fill_diagonal(similarity, 1)
+    figure = map_figure(list("abcdef"), np.array([0, 0, 1, 1, 2, 2]), similarity, "a title")
+    pairs = [points.get_offsets().data for points in figure.axes[0].collections]
+    inside = [np.linalg.norm(pair[0] - pair[1]) for pair in pairs]
+    centres = np.stack([pair.mean(axis=0) for pair in pairs])
+    between = np.linalg.norm(centres[0] - centres[1:], axis=1)
+    assert inside[0] < 0.1 * between.min()
