@@ -195,7 +195,7 @@ class MBCClusterer(ClusterMixin, BaseEstimator):
             raise ValueError(f"datasets lacks {missing[0]!r}; it needs the data of every clustered adapter.")
         from ..training import train_groups
 
-        made = {"made with": "MBCClusterer(...).fit(...).train_experts(...)", "clustering": self._made()}
+        made = {"made with": "MBCClusterer(...).fit(...).train_experts(...)", "clustering": told_of_clustering(self)}
         options = {"sft_config": sft_config, "lora_config": lora_config, "made": made, **options}
         self.library_ = train_groups(base, self.clusters_, datasets, output_dir=output_dir, **options)
         return self.library_
