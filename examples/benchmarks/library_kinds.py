@@ -244,15 +244,6 @@ def made_up_tasks(root: Path) -> list[str]:
     return [str(root / f"{task}.jsonl") for task in answers]
 
 
-def pico_base_folder(root: Path) -> str:
-    """A Llama of two layers with a tokenizer of one token a character."""
-    from tests.pico import pico_base, pico_tokenizer
-
-    pico_base().save_pretrained(root / "pico")
-    pico_tokenizer().save_pretrained(root / "pico")
-    return str(root / "pico")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="one .jsonl file a task")
@@ -276,7 +267,9 @@ def main() -> None:
         root = args.output or Path(temporary) / "kinds"
         root.mkdir(parents=True, exist_ok=True)
         if args.smoke:
-            args.files, args.base = made_up_tasks(Path(temporary)), pico_base_folder(Path(temporary))
+            from tests.building.data import base_in
+
+            args.files, args.base = made_up_tasks(Path(temporary)), base_in(Path(temporary))
             args.steps, args.clusters, args.seeds = 5, 2, 2
         bench = Bench(args, root)
         runs = ["private-0", "shared-0", "mbc-0", *(f"random-{seed}" for seed in range(args.seeds))]

@@ -161,15 +161,6 @@ def _mean(values) -> float:
     return float(np.mean(list(values)))
 
 
-def pico_base_folder(root: Path) -> str:
-    """A Llama of two layers with the tokenizer of one token a character, saved."""
-    from tests.pico import pico_base, pico_tokenizer
-
-    pico_base().save_pretrained(root / "pico")
-    pico_tokenizer().save_pretrained(root / "pico")
-    return str(root / "pico")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", help="only these tasks of the quickstart (default: all)")
@@ -188,7 +179,9 @@ def main() -> None:
         root = args.output or Path(temporary)
         root.mkdir(parents=True, exist_ok=True)
         if args.smoke:
-            args.base, args.tasks = pico_base_folder(Path(temporary)), args.tasks or ["plural", "roman", "german_date"]
+            from tests.building.data import base_in
+
+            args.base, args.tasks = base_in(Path(temporary)), args.tasks or ["plural", "roman", "german_date"]
             args.seeds, args.steps = [0], 2
         print(table(run(args, root)))
 
