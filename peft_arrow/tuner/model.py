@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from .peft_type import PREFIX
 from .prototype_state import building_suspended
 from .resolve import ResolvedExperts, resolve
 from .state_dict import from_checkpoint, to_checkpoint
-from .trace import RoutingTrace, record_routing
+from .trace import RoutingTrace
+from .trace_hooks import record_routing
 
 
 class ArrowLoraModel(EditingMixin, BaseTuner):
@@ -232,11 +233,14 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
             layer.build_prototypes(rebuild=True)
 
     @contextlib.contextmanager
-    def trace_routing(self) -> Iterator[RoutingTrace]:
-        """Record which experts every token went to while the context is open; see [`RoutingTrace`]."""
+    def trace_routing(self, tasks: Sequence[str] | None = None) -> Iterator[RoutingTrace]:
+        """Record which experts every token went to while the context is open; see [`RoutingTrace`].
+
+        Args:
+            tasks (`Sequence[str]`, *optional*): the task of each row of the batch, for tables and pictures by task.
+        """
         adapter_name = self.active_arrow_adapter()
-        config = self.peft_config[adapter_name]
-        with record_routing(self.model, self.routed_layers(), adapter_name, list(config.expert_names)) as trace:
+        with record_routing(self.model, self.routed_layers(), adapter_name, self.expert_names, tasks) as trace:
             yield trace
 
     def train(self, mode: bool = True):
