@@ -38,8 +38,8 @@ def routing_html(
     template = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     # In a script element nothing is markup but "<", which begins its end.
     data = json.dumps(page_data(trace, tokenizer), separators=(",", ":")).replace("<", "\\u003c")
-    page = template.replace("{{title}}", html.escape(title)).replace("{{data}}", data)
-    Path(path).write_text(page, encoding="utf-8")
+    parts = [part.replace("{{title}}", html.escape(title)) for part in template.split("{{data}}")]
+    Path(path).write_text(data.join(parts), encoding="utf-8")
 
 
 def page_data(trace: RoutingTrace, tokenizer: Any = None) -> dict[str, Any]:

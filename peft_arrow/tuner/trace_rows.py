@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
 from .trace_stats import by_row, counted_tokens, kind_of, layer_of, task_of_rows
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 JSON_VERSION = 1
 # What a tokenizer writes for a token that is a part of a character.
 INCOMPLETE = "\ufffd"
-CONTEXT = 4
+# In bytes of UTF-8, and so in tokens.
+LONGEST_CHARACTER = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,10 @@ def traced_rows(trace: RoutingTrace, tokenizer: Any = None) -> list[TracedRow]:
     """The rows of all calls in order, those without a token left out; see [`TracedRow`]."""
     rows = []
     for call, parts in enumerate(_calls(trace)):
+        names = [name for name in parts[0].modules if all(name in part.modules for part in parts)]
+        joined = {name: _join([part.modules[name] for part in parts]) for name in names}
         for row in range(len(parts[0].kept)):
-            found = _traced_row(call, row, parts, tokenizer, trace.expert_names)
+            found = _traced_row(call, row, parts, joined, tokenizer, trace.expert_names)
             rows += [found] if found.tokens else []
     return rows
 
@@ -130,38 +134,41 @@ def _merge(part: _Part, again: _Part) -> None:
         part.modules[f"{name}#{number}" if name in part.modules else name] = pair
 
 
-def _traced_row(call: int, row: int, parts: Sequence[_Part], tokenizer: Any, expert_names: Sequence[str]) -> TracedRow:
+def _join(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of all parts, (B, T, K); K may differ where the router was changed in between."""
+    width = max(index.shape[-1] for index, _ in pairs)
+    index = [pad(index, (0, width - index.shape[-1]), value=-1) for index, _ in pairs]
+    weights = [pad(weights, (0, width - weights.shape[-1]), value=0.0) for _, weights in pairs]
+    return torch.cat(index, dim=1), torch.cat(weights, dim=1)
+
+
+def _traced_row(
+    call: int,
+    row: int,
+    parts: Sequence[_Part],
+    joined: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    tokenizer: Any,
+    expert_names: Sequence[str],
+) -> TracedRow:
     ids: list[int | None] = []
     for part in parts:
         kept_S = part.kept[row]
         known = part.inputs.input_ids if part.inputs is not None else None
         ids += known[row][kept_S].tolist() if known is not None else [None] * int(kept_S.sum())
-    names = [name for name in parts[0].modules if all(name in part.modules for part in parts)]
-    joined = {name: _join([part.modules[name] for part in parts], parts, row) for name in names}
+    kept_T = torch.cat([part.kept[row] for part in parts])
     first = parts[0].inputs
     return TracedRow(
-        call,
-        row,
-        task_of_rows(first, len(parts[0].kept))[row],
-        first.stream if first is not None else "",
-        ids,
-        token_texts(ids, tokenizer),
-        int(parts[0].kept[row].sum()),
-        {name: index for name, (index, _) in joined.items()},
-        {name: weights for name, (_, weights) in joined.items()},
-        expert_names,
+        call=call,
+        row=row,
+        task=task_of_rows(first, len(parts[0].kept))[row],
+        stream=first.stream if first is not None else "",
+        token_ids=ids,
+        tokens=token_texts(ids, tokenizer),
+        num_prompt_tokens=int(parts[0].kept[row].sum()),
+        top_k_index={name: index[row][kept_T] for name, (index, _) in joined.items()},
+        top_k_weights={name: weights[row][kept_T] for name, (_, weights) in joined.items()},
+        expert_names=expert_names,
     )
-
-
-def _join(
-    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], parts: Sequence[_Part], row: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The counted tokens of a row in all parts, (T, K); K may differ where the router was changed in between."""
-    width = max(index.shape[-1] for index, _ in pairs)
-    wide = lambda tensor, value: torch.nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=value)  # noqa: E731
-    index = [wide(index[row][part.kept[row]], -1) for (index, _), part in zip(pairs, parts, strict=True)]
-    weights = [wide(weights[row][part.kept[row]], 0.0) for (_, weights), part in zip(pairs, parts, strict=True)]
-    return torch.cat(index), torch.cat(weights)
 
 
 def token_texts(ids: Sequence[int | None], tokenizer: Any) -> list[str]:
@@ -172,13 +179,16 @@ def token_texts(ids: Sequence[int | None], tokenizer: Any) -> list[str]:
     """
     if tokenizer is None or None in ids:
         return [f"[{position if token is None else token}]" for position, token in enumerate(ids)]
-    texts = []
+    texts: list[str] = []
+    start = told = 0  # decoded for the context, and what the texts cover
     for position, token in enumerate(ids):
-        start = max(0, position - CONTEXT)
-        before = tokenizer.decode(ids[start:position]).rstrip(INCOMPLETE) if position > start else ""
-        whole = tokenizer.decode(ids[start : position + 1])
+        before, whole = tokenizer.decode(ids[start:told]), tokenizer.decode(ids[start : position + 1])
+        if whole.endswith(INCOMPLETE) and position + 1 - told < LONGEST_CHARACTER:
+            texts.append(INCOMPLETE)
+            continue
         texts.append(whole[len(before) :] if whole.startswith(before) else tokenizer.decode([token]))
-    return [text[-1] if len(text) > 1 and set(text) == {INCOMPLETE} else text for text in texts]
+        start, told = told, position + 1
+    return texts
 
 
 def to_records(trace: RoutingTrace, tokenizer: Any = None) -> list[dict[str, Any]]:
