@@ -78,6 +78,7 @@ class _Recording:
         }
         self.local = threading.local()
 
+    @torch.compiler.disable
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A call of the model: a new step."""
         inputs = self._inputs(args, kwargs, "")
@@ -89,6 +90,7 @@ class _Recording:
             self.local.current = {"": inputs}
             self._latest()[""] = inputs
 
+    @torch.compiler.disable
     def end(self, module: nn.Module, args: tuple, output: Any) -> None:
         """The call is over: a part of the model that is called alone has other tokens."""
         self.local.step, self.local.current = None, {}
@@ -96,6 +98,7 @@ class _Recording:
     def begin_stream(self, stream: str) -> Callable:
         """The hook for a call of the encoder or the decoder."""
 
+        @torch.compiler.disable
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs = self._inputs(args, kwargs, stream)
             self._latest()[stream] = inputs
@@ -107,6 +110,7 @@ class _Recording:
     def recorder(self, name: str, before: Callable | None) -> Callable:
         """What the layer `name` calls; `before` is the recorder of a trace that was open already."""
 
+        @torch.compiler.disable
         def record(layer: ArrowLoraLayer, adapter: str, routing: Routing, shape: torch.Size) -> None:
             if before is not None:
                 before(layer, adapter, routing, shape)
@@ -168,21 +172,22 @@ class _Recording:
 
     def _module_trace(self, name: str, layer: ArrowLoraLayer, routing: Routing, shape: torch.Size) -> ModuleTrace:
         """Positions in the layer become positions in the model, padded to the K of a module that all experts have."""
-        index_TK = self.positions[name][routing.top_k_index.detach().cpu()]
-        weights_TK = routing.top_k_weights.detach().float().cpu()
-        has_base = int(index_TK.max()) == self.num_experts if index_TK.numel() else False
+        router = layer.routers[self.adapter_name]
+        has_base = router.selection.null_expert is not None
         if has_base and len(self.trace.expert_names) == self.num_experts:
             self.trace.expert_names.append(BASE_NAME)
-        router = layer.routers[self.adapter_name]
-        wanted = self.num_experts if router.uses_all else min(router.top_k, self.num_experts)
-        missing = max(wanted - index_TK.shape[-1], 0)
+        index_TK = self.positions[name][routing.top_k_index.detach().cpu()]
+        weights_TK = routing.top_k_weights.detach().float().cpu()
+        missing = max(router.width(self.num_experts) - index_TK.shape[-1], 0)
         index_TK = nn.functional.pad(index_TK, (0, missing), value=-1)
         weights_TK = nn.functional.pad(weights_TK, (0, missing), value=0.0)
+        masked = router.selection.masked_experts
+        known = [p for p in layer.experts[self.adapter_name].positions if self.trace.expert_names[p] not in masked]
         return ModuleTrace(
             index_TK.reshape(*shape, -1),
             weights_TK.reshape(*shape, -1),
             self.trace.expert_names,
-            tuple(layer.experts[self.adapter_name].positions),
+            (*known, self.num_experts) if has_base else tuple(known),
             self._inputs_of(shape),
         )
 
