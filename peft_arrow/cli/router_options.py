@@ -1,19 +1,39 @@
-"""The options of the commands that route: which router, and how it chooses."""
+"""How a command line names a router and its options: `arrow:top_k=2,tied=true`."""
 
 import argparse
+import json
 from typing import Any
 
-
-OPTIONS = ("router", "top_k", "router_temperature")
-
-
-def add_router_options(parser: argparse.ArgumentParser) -> None:
-    """Add them; an option that is not given is left to the model."""
-    parser.add_argument("--router", metavar="NAME", help="how experts are chosen (a wrong name lists them)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="experts a token")
-    parser.add_argument("--router-temperature", type=float, metavar="T", help="divides the router logits")
+from .. import ROUTERS
 
 
-def router_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given, as `from_pretrained` and `set_router` take them."""
-    return {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+def router_of(text: str) -> dict[str, Any]:
+    """`arrow:top_k=2` as `{"router": "arrow", "top_k": 2}`; values are read as JSON where they are JSON.
+
+    Raises:
+        argparse.ArgumentTypeError: no such router, or an option without a value.
+    """
+    name, _, rest = text.partition(":")
+    if name not in ROUTERS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no router; allowed are {', '.join(ROUTERS)}")
+    pairs = map(pair_of, rest.split(",")) if rest else ()
+    return {"router": name, **{option: _value(value) for option, value in pairs}}
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    """`name=value`; the name may have equals signs, as a task's may.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no `=`, or nothing on one side of it.
+    """
+    name, _, value = text.rpartition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -2,7 +2,7 @@
 
 from .load import RoutedSource
 from .run import RoutedTexts, route_texts
-from .texts import Text, read_texts
+from .texts import Text, read_fit_data, read_texts
 
 
-__all__ = ["RoutedSource", "RoutedTexts", "Text", "read_texts", "route_texts"]
+__all__ = ["RoutedSource", "RoutedTexts", "Text", "read_fit_data", "read_texts", "route_texts"]

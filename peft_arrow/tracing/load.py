@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..library.library import AdapterLibrary
 from ..tuner import ArrowLoraModel
@@ -47,13 +47,38 @@ class RoutedSource:
             raise ValueError(f"{self.saved!r} does not name its base model; give it.")
         return named
 
-    def on(self, base: PreTrainedModel, options: Mapping[str, Any]) -> PeftModel:
-        """The routed model, for inference; `options` are those of the router, which win over what was saved."""
+    def on(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        options: Mapping[str, Any],
+        fit_data: Mapping[str, Any] | None = None,
+    ) -> PeftModel:
+        """The routed model, for inference.
+
+        Args:
+            base (`PreTrainedModel`): the base, loaded.
+            tokenizer (`PreTrainedTokenizerBase`): of the base.
+            options (`Mapping[str, Any]`): as for `set_router`; they win over what was saved.
+            fit_data (`Mapping[str, Any]`, *optional*): expert -> rows, for a router that needs data.
+
+        Raises:
+            ValueError: an option or a value is not allowed, or the router needs data and none is there.
+        """
         if self.library is not None:
-            return ArrowLoraModel.from_pretrained(base, self.library, **options)
-        model = PeftModel.from_pretrained(base, self.saved).eval()
+            model = ArrowLoraModel.from_pretrained(base, self.library)
+        else:
+            model = PeftModel.from_pretrained(base, self.saved).eval()
+        options = dict(options)
+        if fit_data:
+            model.fit_router(options.get("router", "arrow"), fit_data, tokenizer=tokenizer)
+        is_new = self.library is not None and options.get("calibrated") is True
+        if is_new:  # nothing is stored yet
+            options.pop("calibrated")
         if options:
             model.set_router(**options)
+        if is_new:
+            model.calibrate_router()
         return model
 
     def own_experts(self, tasks: Iterable[str], experts: Sequence[str]) -> dict[str, str]:

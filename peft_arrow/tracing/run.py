@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tuner.trace import RoutingTrace
 from ..tuner.trace_pictures import new_figure
+from ..tuner.trace_stats import own_positions
 from .texts import Text
 
 
@@ -93,8 +94,9 @@ def route_texts(
         own_experts (`Mapping[str, str]`, *optional*): task -> its own expert.
 
     Raises:
-        ValueError: a text without tokens, or with more than the base takes.
+        ValueError: a text without tokens, or with more than the base takes; an own expert that is none.
     """
+    own_positions(model.expert_names, own_experts)
     batches = [text.encode(tokenizer) for text in texts]
     for text, batch in zip(texts, batches, strict=True):
         _check_length(text, batch["input_ids"].shape[1] + max_new_tokens, model)

@@ -68,10 +68,32 @@ def read_texts(texts: Sequence[str] | None = None, file: str | None = None, prom
         return [Text(text, None, f"text {number}") for number, text in enumerate(texts, 1)]
     if file:
         return [Text(_read(file), None, f"file {file!r}")]
-    lines = [(number, line) for number, line in enumerate(_read(prompts).splitlines(), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"prompts={prompts!r} has no rows.")
-    return [_row(line, f"line {number} of {prompts!r}") for number, line in lines]
+    return [_row(row, source) for row, source in _rows(prompts)]
+
+
+def read_fit_data(files: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Expert -> rows, of files `<expert>.jsonl`.
+
+    Raises:
+        ValueError: a file without rows, or a line that is no JSON.
+        OSError: a file cannot be read.
+    """
+    return {Path(file).stem: [row for row, _ in _rows(file)] for file in files}
+
+
+def _rows(path: str) -> list[tuple[Any, str]]:
+    """The JSON of each line, and where it is from."""
+    rows = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        source = f"line {number} of {path!r}"
+        if line.strip():
+            try:
+                rows.append((json.loads(line), source))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source} is no JSON: {error}") from error
+    if not rows:
+        raise ValueError(f"{path!r} has no rows.")
+    return rows
 
 
 def _read(path: str) -> str:
@@ -81,11 +103,7 @@ def _read(path: str) -> str:
         raise ValueError(f"{path!r} is no UTF-8 text: {error}") from error
 
 
-def _row(line: str, source: str) -> Text:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source} is no JSON: {error}") from error
+def _row(row: Any, source: str) -> Text:
     column = next((name for name in COLUMNS if isinstance(row, dict) and name in row), None)
     if column is None:
         raise ValueError(f"{source} has none of the keys {', '.join(COLUMNS)}.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..routers import Routing
+from .batch_rows import current_rows
 from .layer import ArrowLoraLayer
 from .trace import BASE_NAME, ModuleTrace, RoutingTrace, TokenInputs, TraceStep
 
@@ -116,10 +118,14 @@ class _Recording:
                 before(layer, adapter, routing, shape)
             if adapter != self.adapter_name or torch._C._current_graph_task_id() != -1:
                 return  # inside a backward: the recomputed forward of a checkpointed layer
+            rows = current_rows()
             step = getattr(self.local, "step", None)
-            if step is None or name in step.modules:
-                step = self.local.step = self._next_step(step)
-            step.modules[name] = self._module_trace(name, layer, routing, shape)
+            known = None if step is None else step.modules.get(name)
+            if step is None or (known is not None and (rows is None or _has(known, rows[0]))):
+                step, known = self._next_step(step), None
+                self.local.step = step
+            found = self._module_trace(name, layer, routing, shape if rows is None else (rows[1], *shape[1:]), rows)
+            step.modules[name] = found if known is None else _together(known, found, rows[0])
 
         return record
 
@@ -170,8 +176,18 @@ class _Recording:
                 return inputs
         return None
 
-    def _module_trace(self, name: str, layer: ArrowLoraLayer, routing: Routing, shape: torch.Size) -> ModuleTrace:
-        """Positions in the layer become positions in the model, padded to the K of a module that all experts have."""
+    def _module_trace(
+        self,
+        name: str,
+        layer: ArrowLoraLayer,
+        routing: Routing,
+        shape: tuple[int, ...],
+        rows: tuple[list[int], int] | None,
+    ) -> ModuleTrace:
+        """Positions in the layer become positions in the model, padded to the K of a module that all experts have.
+
+        `rows` are those of the batch that were routed; the others have nothing.
+        """
         router = layer.routers[self.adapter_name]
         has_base = router.selection.null_expert is not None
         if has_base and len(self.trace.expert_names) == self.num_experts:
@@ -181,6 +197,8 @@ class _Recording:
         missing = max(router.width(self.num_experts) - index_TK.shape[-1], 0)
         index_TK = nn.functional.pad(index_TK, (0, missing), value=-1)
         weights_TK = nn.functional.pad(weights_TK, (0, missing), value=0.0)
+        if rows is not None:
+            index_TK, weights_TK = (_spread(values, rows) for values in (index_TK, weights_TK))
         masked = router.selection.masked_experts
         known = [p for p in layer.experts[self.adapter_name].positions if self.trace.expert_names[p] not in masked]
         return ModuleTrace(
@@ -190,6 +208,33 @@ class _Recording:
             (*known, self.num_experts) if has_base else tuple(known),
             self._inputs_of(shape),
         )
+
+
+def _spread(values_TK: torch.Tensor, rows: tuple[list[int], int]) -> torch.Tensor:
+    """The values of some rows in those of the whole batch, as (B * S, K); -1 or 0.0 in the others."""
+    values = values_TK.reshape(len(rows[0]), -1, values_TK.shape[-1])
+    whole = values.new_full((rows[1], *values.shape[1:]), 0 if values.is_floating_point() else -1)
+    whole[rows[0]] = values
+    return whole.flatten(0, 1)
+
+
+def _has(known: ModuleTrace, rows: list[int]) -> bool:
+    """Whether these rows are recorded already, so that the module was called again."""
+    return bool((known.top_k_index[rows] >= 0).any())
+
+
+def _together(known: ModuleTrace, found: ModuleTrace, rows: list[int]) -> ModuleTrace:
+    """Two records of one call of a module, of different rows of the batch."""
+    width = max(known.top_k_index.shape[-1], found.top_k_index.shape[-1])
+    index, weights = (
+        [nn.functional.pad(part, (0, width - part.shape[-1]), value=value) for part in parts]
+        for parts, value in (
+            ((known.top_k_index, found.top_k_index), -1),
+            ((known.top_k_weights, found.top_k_weights), 0.0),
+        )
+    )
+    index[0][rows], weights[0][rows] = index[1][rows], weights[1][rows]
+    return replace(known, top_k_index=index[0], top_k_weights=weights[0])
 
 
 def _copy(value: Any) -> torch.Tensor | None:

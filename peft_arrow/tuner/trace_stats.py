@@ -171,7 +171,7 @@ def all_sums(trace: RoutingTrace, own_experts: Mapping[str, str] | None = None) 
     Raises:
         ValueError: an own expert that is not in the trace.
     """
-    own = own_positions(trace, own_experts)
+    own = own_positions(trace.expert_names, own_experts)
     found: dict[tuple, Sums] = {}
     for step in trace.steps:
         for name, module in step.modules.items():
@@ -182,16 +182,18 @@ def all_sums(trace: RoutingTrace, own_experts: Mapping[str, str] | None = None) 
     return found
 
 
-def own_positions(trace: RoutingTrace, own_experts: Mapping[str, str] | None) -> dict[str, int]:
-    """Task -> position of its own expert; by default of the tasks that are called as an expert is."""
+def own_positions(expert_names: Sequence[str], own_experts: Mapping[str, str] | None) -> dict[str, int]:
+    """Task -> position of its own expert; by default of the tasks that are called as an expert is.
+
+    Raises:
+        ValueError: an expert that is not among the names.
+    """
     if own_experts is None:
-        return {name: position for position, name in enumerate(trace.expert_names)}
+        return {name: position for position, name in enumerate(expert_names)}
     for task, expert in own_experts.items():
-        if expert not in trace.expert_names:
-            raise ValueError(
-                f"own_experts[{task!r}]={expert!r} is not an expert of the trace; it has {list(trace.expert_names)}."
-            )
-    return {task: trace.expert_names.index(expert) for task, expert in own_experts.items()}
+        if expert not in expert_names:
+            raise ValueError(f"own_experts[{task!r}]={expert!r} is no expert; experts are {list(expert_names)}.")
+    return {task: expert_names.index(expert) for task, expert in own_experts.items()}
 
 
 def _tokens_by_task(module: ModuleTrace) -> Iterator[tuple[str | None, torch.Tensor, torch.Tensor]]:

@@ -121,6 +121,71 @@ def test_several_calls_and_their_tasks(model, ids):
     assert trace.agreement(by="task")["sql"].tokens == 7 * 4 and "by task" in trace.table()
 
 
+def test_rows_that_are_sent_to_different_experts(model, ids):
+    """Each row keeps its own place: routed, one expert, the bare base (nothing)."""
+    ids = torch.cat([ids, ids[:1] + 1])
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 0
+    with torch.no_grad():
+        with model.trace_routing() as routed:
+            model(input_ids=ids, attention_mask=mask)
+        with model.trace_routing(["x", "y", "z"]) as trace:
+            model(input_ids=ids, attention_mask=mask, adapter_names=["__base__", "sql", "default"])
+    assert len(trace.steps) == 1
+    found, name = trace.steps[0].modules, "model.layers.0.self_attn.q_proj"
+    assert (found[name].top_k_index[0] == -1).all() and (found[name].top_k_weights[0] == 0).all()
+    assert found[name].experts[1] == [["sql", None]] * 7
+    assert torch.equal(found[name].top_k_index[2], routed[name].top_k_index[2])
+    assert torch.equal(found[name].top_k_weights[2], routed[name].top_k_weights[2])
+    assert [row.token_ids for row in trace.rows()] == [ids[0].tolist(), ids[1, 1:].tolist(), ids[2].tolist()]
+    shares = trace.shares("task")
+    assert shares["x"] == [0, 0, 0] and shares["y"] == [0, 0, 1] and sum(shares["z"]) == pytest.approx(1)
+
+
+def test_pinned_experts(model, ids):
+    """What the caller chose is what is recorded."""
+    with torch.no_grad(), model.pin_experts([None, {"plurals": 0.25, "sql": 0.75}]), model.trace_routing() as trace:
+        model(input_ids=ids)
+    first, second = trace.rows()
+    name = "model.layers.0.self_attn.q_proj"
+    assert first.experts(name) == [{}] * 7 and second.experts(name) == [{"sql": 0.75, "plurals": 0.25}] * 7
+    assert second.experts("model.layers.0.self_attn.v_proj") == [{"plurals": 0.25}] * 7
+
+
+def test_the_null_expert_and_masked_experts(model, ids):
+    """The bare base is the last name while it is a candidate; a masked expert is none."""
+    model.set_router("arrow", top_k=2, null_expert=0.5, masked_experts=["dates"])
+    with torch.no_grad(), model.trace_routing(["plurals", "sql"]) as trace:
+        model(input_ids=ids)
+    assert trace.expert_names == ["plurals", "dates", "sql", "__base__"]
+    assert model.expert_names == ["plurals", "dates", "sql"]
+    name = "model.layers.0.self_attn.q_proj"
+    assert trace[name].candidates == (0, 2, 3) and trace["model.layers.0.self_attn.o_proj"].candidates == (3,)
+    names = {each for row in trace[name].experts for token in row for each in token}
+    assert "__base__" in names and "dates" not in names
+    share = trace.shares("kind")
+    assert share["o_proj"] == [0, 0, 0, 1] and share["q_proj"][1] == 0 and share["q_proj"][3] > 0
+    assert trace.agreement(by="kind")["q_proj"].chance == pytest.approx(1 / 3) and "__base__" in trace.table()
+    model.set_router("arrow", null_expert=None, masked_experts=None)
+    with torch.no_grad(), model.trace_routing() as trace:
+        model(input_ids=ids)
+    assert trace.expert_names == ["plurals", "dates", "sql"]
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.6}, {"granularity": "sequence"}, {"tied": True}])
+def test_options_of_the_selection(options, model, ids):
+    """Weights sum to 1 where something is kept, and one choice a request is the same for all its tokens."""
+    model.set_router("arrow", top_k=2, **options)
+    with model.trace_routing() as trace:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    for row in trace.rows():
+        for name, weights in row.top_k_weights.items():
+            assert weights.sum(-1).tolist() == pytest.approx([1.0] * 9)
+            assert (weights[row.top_k_index[name] < 0] == 0).all()
+            if "granularity" in options:
+                assert (row.top_k_index[name] == row.top_k_index[name][0]).all()
+
+
 def test_tasks_that_do_not_fit_the_batch(model, ids):
     with (
         model.trace_routing(tasks=["a", "b", "c"]),
@@ -205,6 +270,7 @@ def test_encoder_and_decoder_have_tokens_of_their_own(is_generated):
     assert counted["decoder.block.0.layer.0.SelfAttention.q"] == decoded.shape[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_traced(model, ids):
     """The hooks run outside of the graph, so that the trace of a compiled model is that of the model."""
     model.build_prototypes()

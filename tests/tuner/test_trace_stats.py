@@ -155,7 +155,7 @@ def test_ties_are_shared():
 def test_the_default_own_expert_has_the_name_of_the_task():
     assert routing_agreement(two_rows(("b", "other")))["all"].tokens == 2
     assert routing_agreement(two_rows()) == {}
-    with pytest.raises(ValueError, match=r"own_experts\['b'\]='z' is not an expert of the trace; it has \['a'"):
+    with pytest.raises(ValueError, match=r"own_experts\['b'\]='z' is no expert; experts are \['a'"):
         routing_agreement(two_rows(("b", "other")), {"b": "z"})
     with pytest.raises(ValueError, match="by='color' is unknown; allowed are 'all', 'task'"):
         routing_shares(two_rows(), "color")
