@@ -34,6 +34,7 @@ ROOMS = {
     "building": ["clustering", "library", "library.adapter", "training"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "evaluation": ["library", "modeling"],
+    "tracing": ["library", "library.adapter", "modeling", "tuner"],
     "": ["modeling", "tuner"],
     "quickstart": [
         "",
@@ -46,7 +47,7 @@ ROOMS = {
         "training",
         "tuner",
     ],
-    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
+    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "tracing", "training"],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.
 PACKAGES = {

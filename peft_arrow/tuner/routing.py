@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from ..ops import ExpertBank
 from ..routers import Router, Routing
+from .batch_rows import batch_rows
 from .merged import MergedRows, merge_rows
 from .norms import core_lengths, norm_cores
 from .prototype_state import is_materialised
@@ -202,11 +204,9 @@ class RoutingMixin:
                 )
             pins = None if position is None else [{position: 1.0}]
             rows = [row for row, wanted in enumerate(row_targets) if wanted == target]
-            result = result.index_add(
-                0,
-                torch.tensor(rows, device=x.device),
-                self.routed_delta(adapter_name, x[rows], pins).to(result.dtype),
-            )
+            with batch_rows(rows, len(x)) if self.recorder is not None else nullcontext():
+                delta = self.routed_delta(adapter_name, x[rows], pins)
+            result = result.index_add(0, torch.tensor(rows, device=x.device), delta.to(result.dtype))
         return result
 
 
