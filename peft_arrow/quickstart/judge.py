@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedTokenizerBase
 
-from ..routers import Router
 from .tasks import Row
 
 
@@ -29,21 +28,6 @@ class Score:
     loss: float
     exact: float
     row_losses: list[float]
-
-
-class RandomRouter(Router):
-    """A control: the scores are normal random numbers that do not depend on the token."""
-
-    name = "random"
-    paper = ""
-
-    def __init__(self, top_k: int, seed: int) -> None:
-        super().__init__(top_k)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def score(self, x_TI, project, num_experts) -> torch.Tensor:
-        """Router logits, float32 (T, E)."""
-        return torch.randn(x_TI.shape[0], num_experts, generator=self.generator).to(x_TI.device)
 
 
 @torch.no_grad()
@@ -114,10 +98,3 @@ def best_single(judge: PlainJudge, names: Sequence[str], rows: Mapping[str, Sequ
             statistics.fmean(next(losses) for _ in task_rows) for task_rows in rows.values()
         )
     return min(means, key=means.__getitem__)
-
-
-def use_random_routing(model: PeftModel, top_k: int, seed: int) -> None:
-    """Let a routed model choose experts at random; `model.set_router` sets it back."""
-    router = RandomRouter(top_k, seed)
-    for layer in model.base_model.routed_layers().values():
-        layer.routers[model.base_model.active_arrow_adapter()] = router

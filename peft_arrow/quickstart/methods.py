@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
-from .judge import PlainJudge, Score, best_single, files_fingerprint, judge_rows, use_random_routing
+from .judge import PlainJudge, Score, best_single, files_fingerprint, judge_rows
 from .settings import Trained
 from .tasks import Row, Task
 
@@ -129,7 +129,7 @@ def _judge_routed(
     model = ArrowLoraModel.from_pretrained(base, adapters, top_k=settings.top_k)
     for method in methods:
         if method.startswith("random-"):
-            use_random_routing(model, settings.top_k, seed=int(method.removeprefix("random-")))
+            model.set_router("random", top_k=settings.top_k, seed=int(method.removeprefix("random-")))
         else:
             model.set_router("uniform" if method == "uniform" else "arrow", top_k=settings.top_k)
         results.fill(method, lambda: _scores(lambda task, rows: judge_rows(model, tokenizer, rows), heldout))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import Router
+from .base import LayerInput, Router
 
 
 class ArrowRouter(Router):
@@ -16,8 +16,9 @@ class ArrowRouter(Router):
 
     name = "arrow"
     paper = "https://arxiv.org/abs/2405.11157"
+    summary = "|x . v_i|, v_i the top right singular vector of the expert's update"
     uses_prototypes = True
 
-    def score(self, x_TI, project, num_experts) -> torch.Tensor:
+    def score(self, layer: LayerInput) -> torch.Tensor:
         """Router logits, float32 (T, E)."""
-        return project(x_TI).abs()
+        return layer.project().abs()

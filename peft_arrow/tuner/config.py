@@ -13,17 +13,17 @@ from peft import PeftConfig
 
 from ..library.adapter import check_name, config_of, list_locations
 from ..ops import AGGREGATIONS
-from ..routers import check_router, check_temperature, check_top_k
 from .layouts import LayoutIndex, fresh_layout
 from .peft_type import ARROW_LORA
+from .router_settings import RouterSettings, plain
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROTOTYPE_UPDATES = ("step", "frozen")
 
 
 @dataclass
-class ArrowLoraConfig(PeftConfig):
+class ArrowLoraConfig(RouterSettings, PeftConfig):
     """
     This is the configuration class to store the configuration of a [`ArrowLoraModel`].
 
@@ -36,6 +36,13 @@ class ArrowLoraConfig(PeftConfig):
         router (`str`): A key of `ROUTERS`.
         top_k (`int`): Experts per token; more than a module has means all it has.
         router_temperature (`float`): Divides the kept scores before the softmax.
+        top_p (`float`, *optional*): Of the kept experts, the fewest whose weights sum to at least this.
+        granularity (`str`): `"token"`, or `"sequence"`: one choice a request, made from its prompt.
+        tied (`bool`): Modules that share an input (q, k, v; gate, up) decide together, by their mean logits.
+        null_expert (`float`, *optional*): Router logit of one more candidate, the bare base.
+        masked_experts (`list[str]`, *optional*): Experts that are never chosen.
+        calibrated (`bool`): Logits are standardised by what `calibrate_router` measured.
+        router_options (`dict`, *optional*): The router's own options, see its class.
         aggregation (`str`):
             `"output"`: sum of the weighted expert outputs. `"parameter"`: weighted sums of the A's and of the B's, as
             in arXiv 2405.11157; needs one rank per module, each expert's scaling goes to its B.
@@ -58,6 +65,8 @@ class ArrowLoraConfig(PeftConfig):
         layer_replication (`list[tuple[int, int]]`, *optional*): As in `LoraConfig`; taken from the adapters.
         layouts, expert_layouts, expert_sources, expert_licenses:
             Written by the model: what it needs to be rebuilt, and what its card says of the experts.
+        fitted, calibration (`dict`):
+            Written by `fit_router` and `calibrate_router`: for which experts what is stored with the weights.
         format_version (`int`): Version of the saved format.
     """
 
@@ -66,6 +75,13 @@ class ArrowLoraConfig(PeftConfig):
     router: str = field(default="arrow", metadata={"help": "The router's name."})
     top_k: int = field(default=4, metadata={"help": "Experts per token."})
     router_temperature: float = field(default=1.0, metadata={"help": "Softmax temperature over the kept scores."})
+    top_p: float | None = field(default=None, metadata={"help": "Sum of the weights that is enough."})
+    granularity: str = field(default="token", metadata={"help": "'token' or 'sequence'."})
+    tied: bool = field(default=False, metadata={"help": "Modules that share an input decide together."})
+    null_expert: float | None = field(default=None, metadata={"help": "Router logit of the bare base."})
+    masked_experts: list[str] | None = field(default=None, metadata={"help": "Experts that are never chosen."})
+    calibrated: bool = field(default=False, metadata={"help": "Whether logits are standardised."})
+    router_options: dict | None = field(default=None, metadata={"help": "The router's own options."})
     aggregation: str = field(default="output", metadata={"help": "'output' or 'parameter'."})
     trainable_experts: str | list[str] | None = field(
         default=None, metadata={"help": "None or 'all', or a list of expert names, [] for none."}
@@ -97,6 +113,8 @@ class ArrowLoraConfig(PeftConfig):
     expert_layouts: list[int] | None = field(default=None, repr=False, metadata={"help": "Layout of each expert."})
     expert_sources: list | None = field(default=None, repr=False, metadata={"help": "Source of each expert."})
     expert_licenses: list | None = field(default=None, repr=False, metadata={"help": "Licence of each expert."})
+    fitted: dict | None = field(default=None, repr=False, metadata={"help": "What routers were fitted for."})
+    calibration: dict | None = field(default=None, repr=False, metadata={"help": "What calibration is for."})
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved format."})
 
     def __post_init__(self):
@@ -109,9 +127,8 @@ class ArrowLoraConfig(PeftConfig):
             raise ValueError("layers_to_transform cannot be used when target_modules is a regular expression (a str).")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
             raise ValueError("layers_pattern cannot be used when target_modules is a regular expression (a str).")
-        check_router(self.router)
-        self.top_k = check_top_k(self.top_k)
-        self.router_temperature = check_temperature(self.router_temperature)
+        self.top_k, self.router_temperature = plain(self.top_k), plain(self.router_temperature)
+        self.make_router()
         _check_choice("aggregation", self.aggregation, AGGREGATIONS)
         _check_choice("prototype_update", self.prototype_update, PROTOTYPE_UPDATES)
         self._check_format()

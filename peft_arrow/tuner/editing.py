@@ -113,7 +113,14 @@ class EditingMixin:
                 )
 
     def _apply_draft(self, adapter_name: str, draft: ArrowLoraConfig, contents: dict[str, LoraContent]) -> None:
-        """Plan every layer first, so that a failure changes nothing, then carry the plans out."""
+        """Plan every layer first, so that a failure changes nothing, then carry the plans out.
+
+        What `fit_router` and `calibrate_router` stored was for the experts as they were, and goes.
+        """
+        draft.fitted = draft.calibration = None
+        if draft.masked_experts:
+            draft.masked_experts = [name for name in draft.masked_experts if name in draft.expert_names] or None
+        draft.check_ready()
         if draft.aggregation == "parameter":
             check_equal_ranks(draft)
         index = draft.layout_index()
@@ -138,7 +145,7 @@ class EditingMixin:
             plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents, factor)
         for module in names:
             self._carry_out(adapter_name, module, layers.get(module), plans.pop(module), options, scale)
-        self.peft_config[adapter_name] = draft
+        self._use_config(adapter_name, draft)
 
     def _plan(self, adapter_name, draft, module, layer, experts, contents, like) -> LayerPlan:
         """What the module is to have; new factors get the dtype and device of those there, or of the tensor `like`."""

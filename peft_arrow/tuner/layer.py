@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,18 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
 from ..ops import ExpertBank, ExpertStack, routed_lora
-from ..routers import Router, Routing
+from ..routers import Router
 from .bank import BANKS, FactorStacks, add_bank, bank_constants, bank_modules
 from .layouts import LayerExperts
 from .prototype_state import PrototypeState
-from .prototypes import PrototypeLinear, PrototypeMixin
+from .prototypes import STORED, PrototypeLinear, PrototypeMixin
+from .requests import RequestTracker
+from .routing import RoutingMixin
 from .tripwire import trip_on_backward
+
+
+# What stays float32 whatever the base is.
+FLOAT32 = ("arrow_lora_router", *(f"arrow_lora_{name}" for name in STORED))
 
 
 def _never_merged(*_: Any) -> None:
@@ -36,6 +42,9 @@ class ArrowLoraLayer(BaseTunerLayer):
         "arrow_lora_frozen_A",
         "arrow_lora_frozen_B",
         "arrow_lora_router",
+        "arrow_lora_centroid",
+        "arrow_lora_phatgoose",
+        "arrow_lora_calibration",
         "experts",
         "routers",
         "aggregations",
@@ -45,6 +54,9 @@ class ArrowLoraLayer(BaseTunerLayer):
         "prototype_updates",
         "columns",
         "kept_frozen",
+        "tied",
+        "masked",
+        "cores",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -54,6 +66,8 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.arrow_lora_frozen_A = nn.ModuleDict()
         self.arrow_lora_frozen_B = nn.ModuleDict()
         self.arrow_lora_router = nn.ModuleDict()
+        for name in STORED:
+            setattr(self, f"arrow_lora_{name}", nn.ModuleDict())
         self.experts: dict[str, LayerExperts] = {}
         self.routers: dict[str, Router] = {}
         self.aggregations: dict[str, str] = {}
@@ -63,7 +77,13 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.prototype_updates: dict[str, str] = {}
         self.columns: dict[str, dict] = {}
         self.kept_frozen: dict[str, bool] = {}
+        self.tied: dict[str, tuple[ArrowLoraLayer, ...]] = {}
+        self.masked: dict[str, frozenset[int]] = {}
+        self.cores: dict[str, dict] = {}
+        self.module_name = ""
+        self.requests: RequestTracker | None = None
         self.recorder: Callable | None = None
+        self.gating: Callable | None = None
         self.inference_owner: Callable | None = None
         self.merged_adapters: list[str] = []
         # PEFT wants a way to quantise merged weights again, which a base quantised by hand lacks; nothing is merged
@@ -85,6 +105,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         init_weights: bool | None = None,
         inference_mode: bool = False,
         keep_frozen: bool = False,
+        stored: Sequence[str] = (),
     ) -> None:
         """Add an adapter's experts to this layer, or replace them.
 
@@ -99,6 +120,7 @@ class ArrowLoraLayer(BaseTunerLayer):
                 replace.
             inference_mode (`bool`): whether the adapter is frozen.
             keep_frozen (`bool`): whether it stays so whatever is activated: experts that must not train are among it.
+            stored (`Sequence[str]`): of `STORED`, what routers keep for this layer.
         """
         if aggregation == "parameter" and len(set(experts.ranks)) > 1:
             raise ValueError(
@@ -115,11 +137,34 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.prototype_states[adapter_name] = PrototypeState()
         for is_main in (True, False):
             add_bank(self, adapter_name, experts, is_main, stacks, init_weights)
-        self.arrow_lora_router[adapter_name] = PrototypeLinear(
-            self.in_features, len(experts.positions), has_weights=stacks is not None
-        )
+        self._make_rows(adapter_name, stored, has_weights=stacks is not None)
         self._move_adapter_to_device_of_base_layer(adapter_name, cast=stacks is None)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _make_rows(self, adapter_name: str, stored: Sequence[str], has_weights: bool) -> None:
+        """Room for prototypes and for what routers keep, none of it filled."""
+        self.cores[adapter_name] = {}
+        self.arrow_lora_router[adapter_name] = PrototypeLinear(
+            self.in_features, len(self.experts[adapter_name].positions), has_weights
+        )
+        for name in STORED:
+            if adapter_name in self.stored_rows(name):
+                del self.stored_rows(name)[adapter_name]
+        for name in stored:
+            self.make_stored(name, adapter_name)
+
+    def stored_rows(self, name: str) -> nn.ModuleDict:
+        """What a router keeps for this layer: PEFT adapter -> a linear map with one row an expert."""
+        return getattr(self, f"arrow_lora_{name}")
+
+    def make_stored(self, name: str, adapter_name: str) -> PrototypeLinear:
+        """Make room for what a router keeps, without values; calibration is a mean and a spread an expert."""
+        width = 2 if name == "calibration" else self.in_features
+        made = PrototypeLinear(width, len(self.experts[adapter_name].positions))
+        if made.weight.device.type != "meta":
+            made = made.to(self.arrow_lora_router[adapter_name].weight.device)
+        self.stored_rows(name)[adapter_name] = made
+        return made
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None, cast: bool = False
@@ -128,20 +173,20 @@ class ArrowLoraLayer(BaseTunerLayer):
         base_device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         castable = cast and base_dtype is not None and base_dtype.is_floating_point
-        for name in (*BANKS[True], *BANKS[False], "arrow_lora_router"):
+        for name in (*BANKS[True], *BANKS[False], *FLOAT32):
             container = getattr(self, name)
             if adapter_name not in container or device is None or device.type == "meta":
                 continue
             module = container[adapter_name]
             if module.weight.device.type != "meta":
-                module.to(device=device, dtype=base_dtype if castable and name != "arrow_lora_router" else None)
+                module.to(device=device, dtype=base_dtype if castable and name not in FLOAT32 else None)
         self.columns[adapter_name] = {}
         if device is not None and device.type != "meta":
             self._columns(adapter_name, device)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names=None) -> None:
-        for container in (self.arrow_lora_frozen_A, self.arrow_lora_frozen_B, self.arrow_lora_router):
-            container.requires_grad_(False)
+        for name in (*BANKS[False], *FLOAT32):
+            getattr(self, name).requires_grad_(False)
         for adapter_name, is_kept in self.kept_frozen.items():
             for container in (self.arrow_lora_A, self.arrow_lora_B):
                 if is_kept and adapter_name in container:
@@ -179,7 +224,7 @@ class ArrowLoraLayer(BaseTunerLayer):
             self.set_scale(adapter, 1.0 if scale is None else self.scales.get(adapter, 1.0) / scale)
 
 
-class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
+class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
     """Routed LoRA on a linear module: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -193,9 +238,9 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Base output plus the routed update, in the dtype of the base output; x is (..., I)."""
-        row_targets = kwargs.pop("row_targets", None)
+        row_targets, pins = kwargs.pop("row_targets", None), kwargs.pop("pins", None)
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self.disable_adapters or (self.requests is not None and self.requests.is_bare):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -204,64 +249,42 @@ class ArrowLoraLinear(PrototypeMixin, nn.Module, ArrowLoraLayer):
             return self._mixed_batch(x, result, row_targets).to(dtype)
         for adapter_name in self.active_adapters:
             if adapter_name in self.experts:
-                result = result + self.routed_delta(adapter_name, x)
+                result = result + self.routed_delta(adapter_name, x, pins)
         if self.inference_owner is not None and self.training and torch.is_grad_enabled():
             result = trip_on_backward(result, self.inference_owner)
         return result.to(dtype)
 
-    def routed_delta(self, adapter_name: str, x: torch.Tensor, pinned: int | None = None) -> torch.Tensor:
+    def routed_delta(
+        self, adapter_name: str, x: torch.Tensor, pins: Sequence[Mapping[int, float]] | None = None
+    ) -> torch.Tensor:
         """The weighted expert outputs, (..., O).
 
         Args:
             adapter_name (`str`): the PEFT adapter.
             x (`torch.Tensor`): layer inputs (..., I).
-            pinned (`int`, *optional*): send every token to this expert (position in the layer) instead of routing.
+            pins (`Sequence[Mapping[int, float]]`, *optional*):
+                Send row b of the batch to these experts (position in the model -> weight) instead of routing.
         """
         num_experts = len(self.experts[adapter_name].positions)
-        x_TI = x.reshape(-1, x.shape[-1])
-        if pinned is None:
-            routing = self.route(adapter_name, x_TI)
-        else:
-            index_T1 = torch.full((x_TI.shape[0], 1), pinned, dtype=torch.int64, device=x.device)
-            routing = Routing(index_T1, torch.ones_like(index_T1, dtype=torch.float32))
+        routing = self.route(adapter_name, x) if pins is None else self.pinned(adapter_name, x, pins)
         if self.recorder is not None:
             self.recorder(self, adapter_name, routing, x.shape[:-1])
+        merged = self.merged_rows(adapter_name, x) if pins is None else None
+        if merged is not None:
+            return merged.delta(self._cast_input_dtype(x, merged.lora_A.dtype))
+        x_TI = x.reshape(-1, x.shape[-1])
+        weights_TE = routing.dense(num_experts)
+        if self.gating is not None:
+            weights_TE = self.gating(self, x_TI, weights_TE)
         stack = self.stack(adapter_name, x.device)
         y_TO = routed_lora(
             self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype),
             stack,
-            routing.dense(num_experts),
+            weights_TE,
             aggregation=self.aggregations[adapter_name],
             kernel=self.kernels[adapter_name],
         )
         return y_TO.reshape(*x.shape[:-1], self.out_features)
-
-    def route(self, adapter_name: str, x_TI: torch.Tensor) -> Routing:
-        """The experts of each token; scores are float32 whatever the dtype of x, and autocast does not change that."""
-        router = self.routers[adapter_name]
-        if router.uses_prototypes:
-            self.check_prototypes(adapter_name)
-        return router.route(x_TI, lambda x: self.project(adapter_name, x), len(self.experts[adapter_name].positions))
-
-    def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, row_targets: list) -> torch.Tensor:
-        """Row b of the batch goes through `row_targets[b]`: (adapter, None), (adapter, expert position), or None."""
-        if len(row_targets) != x.shape[0]:
-            raise ValueError(f"adapter_names has {len(row_targets)} names (times beams) for {x.shape[0]} rows.")
-        for target in dict.fromkeys(row_targets):
-            if target is None or target[0] not in self.experts:
-                continue
-            adapter_name, position = target
-            positions = self.experts[adapter_name].positions
-            if position is not None and position not in positions:
-                continue
-            pinned = None if position is None else positions.index(position)
-            rows = [row for row, wanted in enumerate(row_targets) if wanted == target]
-            result = result.index_add(
-                0,
-                torch.tensor(rows, device=x.device),
-                self.routed_delta(adapter_name, x[rows], pinned).to(result.dtype),
-            )
-        return result
 
     def extra_repr(self) -> str:
         """The quantisation backend, as PEFT's own layers show it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -44,6 +44,24 @@ def row_target_hooks(tuner: BaseTuner, adapter_names: list[str], kwargs: dict[st
         else:
             continue
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def pin_hooks(tuner: BaseTuner, pins: Sequence[Mapping[int, float]]) -> Iterator[None]:
+    """While open, every layer sends row b of the batch to the experts of `pins[b]` (position -> weight).
+
+    Beam search and several answers a prompt repeat the rows, which the layers see and follow.
+    """
+    handles = [
+        module.register_forward_pre_hook(_add_kwarg("pins", list(pins)), with_kwargs=True)
+        for module in tuner.model.modules()
+        if isinstance(module, ArrowLoraLayer)
+    ]
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..library.base_modules import is_match, is_supported
 from ..ops import check_kernel, log_choice
-from ..routers import Router, make_router
+from ..routers import Router
 from .config import ArrowLoraConfig
 from .editing import EditingMixin
 from .heads import load_saved_modules
@@ -25,11 +25,12 @@ from .mixed_batch import row_target_hooks
 from .peft_type import PREFIX
 from .prototype_state import building_suspended
 from .resolve import ResolvedExperts, resolve
-from .state_dict import from_checkpoint, to_checkpoint
+from .router_methods import RouterMethods
+from .state_dict import from_checkpoint, prompt_keys, to_checkpoint, with_adapter
 from .trace import RoutingTrace, record_routing
 
 
-class ArrowLoraModel(EditingMixin, BaseTuner):
+class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
     """
     Routes every token, in every adapted layer, to the LoRA adapters (experts) that suit it. The method is described in
     https://huggingface.co/papers/2405.11157.
@@ -88,10 +89,12 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         self.peft_config[adapter_name] = resolved.config
         config = resolved.config
         self._resolved, self._index, self._from_state_dict = resolved, config.layout_index(), state_dict is not None
-        self._router = make_router(config.router, config.top_k, config.router_temperature)
+        self._router = config.make_router()
+        self._make_prompt_heads(adapter_name, config)
         config._modules, config._has_fresh = self._index.modules, self._index.has_fresh
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self.apply_router(adapter_name)
             if resolved.head:
                 load_saved_modules(self.model, adapter_name, resolved.head)
             log_choice("auto")
@@ -141,6 +144,7 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
             "init_weights": arrow_config.init_weights if self._index.has_fresh else None,
             "inference_mode": arrow_config.inference_mode,
             "keep_frozen": arrow_config.keeps_frozen(),
+            "stored": arrow_config.stored(),
         }
         if isinstance(target, ArrowLoraLayer):
             target.update_layer(adapter_name, **kwargs)
@@ -188,26 +192,6 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         """Names of the active adapter's experts, in routing order."""
         return list(self.peft_config[self.active_arrow_adapter()].expert_names)
 
-    def set_router(self, router: str | None = None, **options: Any) -> None:
-        """Change how the active adapter routes; what is not named keeps its value. Saved with the model.
-
-        Args:
-            router (`str`, *optional*): a key of `ROUTERS`.
-            options: `top_k` and `router_temperature`.
-        """
-        adapter_name = self.active_arrow_adapter()
-        config = self.peft_config[adapter_name]
-        values = {"router": config.router, "top_k": config.top_k, "router_temperature": config.router_temperature}
-        unknown = sorted(set(options) - set(values))
-        if unknown:
-            raise TypeError(f"set_router got an unknown argument {unknown[0]!r}; allowed are {', '.join(values)}.")
-        values.update(options if router is None else {**options, "router": router})
-        made = make_router(values["router"], values["top_k"], values["router_temperature"])
-        config.router, config.top_k, config.router_temperature = made.name, made.top_k, made.temperature
-        for layer in self.routed_layers().values():
-            if adapter_name in layer.routers:
-                layer.routers[adapter_name] = made
-
     def set_kernel(self, kernel: str) -> None:
         """Choose how experts are applied: `"auto"` or a key of `KERNELS`. Results agree; not saved."""
         log_choice(check_kernel(kernel))
@@ -239,6 +223,11 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
         with record_routing(self.model, self.routed_layers(), adapter_name, list(config.expert_names)) as trace:
             yield trace
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; what prompt-level routers stored for the adapter goes too."""
+        super().delete_adapter(adapter_name)
+        self.drop_prompt_heads(adapter_name)
+
     def train(self, mode: bool = True):
         """As in torch; if nothing is trainable, the first backward raises and names `is_trainable=True`."""
         super().train(mode)
@@ -267,10 +256,14 @@ class ArrowLoraModel(EditingMixin, BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return to_checkpoint(model, adapter_name, selected)
+        heads = {key: state_dict[key] for key in prompt_keys(state_dict) if f".{adapter_name}." in key}
+        return to_checkpoint(model, adapter_name, {**selected, **heads})
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         with building_suspended():
             banks = from_checkpoint(model, adapter_name, state_dict)
-            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, banks)
+            heads = prompt_keys(banks)
+            return super()._remap_adapter_state_dict_for_load(
+                model, config, adapter_name, {key: value for key, value in banks.items() if key not in heads}
+            ) | {with_adapter(key, adapter_name): banks[key] for key in heads}

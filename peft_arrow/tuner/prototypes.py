@@ -21,6 +21,10 @@ from .prototype_state import (
 )
 
 
+# What routers keep for a layer beside the prototypes.
+STORED = ("centroid", "phatgoose", "calibration")
+
+
 class PrototypeLinear(nn.Linear):
     """The prototypes of a layer, float32 (E, I), frozen; calling it gives the dot product of each input with each.
 
@@ -79,9 +83,12 @@ class PrototypeMixin:
                 stale.update(experts.bank(is_main))
         return sorted(stale)
 
+    def _weights_now(self, adapter_name: str) -> dict[bool, tuple]:
+        """A fingerprint of each bank's weights."""
+        return {bank: fingerprint(w) for bank, w in self._bank_weights(adapter_name).items()}
+
     def _remember(self, adapter_name: str) -> None:
-        weights = self._bank_weights(adapter_name)
-        self.prototype_states[adapter_name].remember({bank: fingerprint(w) for bank, w in weights.items()})
+        self.prototype_states[adapter_name].remember(self._weights_now(adapter_name))
         built_layers.add(self)
 
     def is_clean(self, adapter_name: str) -> bool:
@@ -193,9 +200,11 @@ class PrototypeMixin:
         super()._apply(fn, recurse)
         self.columns = {name: {} for name in self.columns}
         for adapter_name in self.experts:
-            router = self.arrow_lora_router[adapter_name]
-            if router.weight.dtype != torch.float32:
-                router.weight = nn.Parameter(router.weight.detach().float(), requires_grad=False)
+            self.cores[adapter_name] = {}
+            for rows in (self.arrow_lora_router, *(self.stored_rows(name) for name in STORED)):
+                if adapter_name in rows and rows[adapter_name].weight.dtype != torch.float32:
+                    weight = rows[adapter_name].weight.detach().float()
+                    rows[adapter_name].weight = nn.Parameter(weight, requires_grad=False)
             if self._dtypes(adapter_name) != before[adapter_name]:
                 self.discard_prototypes(adapter_name)
             elif clean[adapter_name]:

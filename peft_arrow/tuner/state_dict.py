@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..routers import top_right_singular_vectors
+from ..routers import ROUTERS, top_right_singular_vectors
 from .bank import BANKS, join_banks, split_banks
 from .layer import ArrowLoraLayer
 from .prototype_state import is_distributed
 
 
 PEFT_PREFIX = "base_model.model."
+PROMPT_PREFIXES = tuple(f"base_model.arrow_lora_{name}." for name, router in ROUTERS.items() if router.is_prompt_level)
 
 
 def _layers(model: nn.Module, adapter_name: str):
@@ -36,6 +37,17 @@ def to_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, tor
                 joined[main] = stack
         _refresh(name, layer, adapter_name, joined)
     return joined
+
+
+def prompt_keys(state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """The keys of the prompt-level routers' maps, which belong to the tuner and not to a layer."""
+    return [key for key in state_dict if key.startswith(PROMPT_PREFIXES)]
+
+
+def with_adapter(key: str, adapter_name: str) -> str:
+    """A key of `prompt_keys` as a checkpoint has it -> as the live model has it."""
+    head, _, parameter = key.rpartition(".")
+    return f"{head}.{adapter_name}.{parameter}"
 
 
 def _refresh(name: str, layer: ArrowLoraLayer, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

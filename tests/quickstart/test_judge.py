@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from peft_arrow import AdapterLibrary, ArrowLoraModel
-from peft_arrow.quickstart.judge import PlainJudge, encode, files_fingerprint, judge_rows, use_random_routing
+from peft_arrow.quickstart.judge import PlainJudge, encode, files_fingerprint, judge_rows
 from peft_arrow.quickstart.methods import JudgeSettings, Results, judge_methods
 from peft_arrow.quickstart.settings import Trained
 from peft_arrow.quickstart.task_list import load_tasks
@@ -65,7 +65,7 @@ def test_random_routing_depends_on_the_seed_only(base, tokenizer, adapter_folder
     model = ArrowLoraModel.from_pretrained(base, adapters=adapter_folders, top_k=1)
 
     def run(seed):
-        use_random_routing(model, top_k=1, seed=seed)
+        model.set_router("random", top_k=1, seed=seed)
         return judge_rows(model, tokenizer, ROWS).loss
 
     arrow = judge_rows(model, tokenizer, ROWS).loss

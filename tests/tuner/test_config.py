@@ -34,7 +34,7 @@ from tests.pico import pico_base
         ({"trainable_experts": "some"}, "trainable_experts='some' is not allowed"),
         ({"adapters": []}, "adapters is empty"),
         ({"adapters": ["./x"], "num_experts": 2}, "exclude each other"),
-        ({"format_version": 7}, "format_version=7 is newer than 1"),
+        ({"format_version": 7}, "format_version=7 is newer than 2"),
     ],
 )
 def test_refusals(options, message):

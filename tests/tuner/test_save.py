@@ -129,7 +129,7 @@ def test_settings_come_back(tmp_path, routed, ids):
     expected = logits_of(routed, ids)
     routed.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert "adapters" not in written and written["peft_type"] == "ARROW_LORA" and written["format_version"] == 1
+    assert "adapters" not in written and written["peft_type"] == "ARROW_LORA" and written["format_version"] == 2
     config = PeftConfig.from_pretrained(str(tmp_path))
     assert isinstance(config, ArrowLoraConfig)
     assert (config.router, config.top_k, config.router_temperature) == ("uniform", 1, 0.5)
@@ -179,6 +179,6 @@ def test_newer_format_is_refused(tmp_path, routed):
     """A format that this version does not know is named, with what to do."""
     routed.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(ValueError, match="format_version=2 is newer than 1"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(ValueError, match="format_version=3 is newer than 2"):
         PeftModel.from_pretrained(pico_base(), tmp_path)
