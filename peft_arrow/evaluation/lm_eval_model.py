@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from importlib.util import find_spec
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from ..routers import ROUTERS
 from ..tuner import ArrowLoraConfig, ArrowLoraModel
+from ..tuner.routing import decides_once
 
 
 if find_spec("lm_eval") is None:
@@ -36,7 +38,8 @@ class PeftArrowLM(HFLM):
     In `loglikelihood_rolling` the context of a window is one token.
 
     Args:
-        base (`str` or `PeftModel`): Hub id or folder of the base; or a routed model, which comes with `tokenizer`.
+        base (`str`, `PathLike` or `PeftModel`):
+            Hub id or folder of the base; or a routed model, which comes with `tokenizer`.
         library: reference to a library or an adapter (from Python and JSON also a list or dict of references).
         routed_model (`str`, *optional*): folder or Hub id of a saved routed model, in the place of `library`: with it
             comes a router that was fitted to data.
@@ -51,12 +54,13 @@ class PeftArrowLM(HFLM):
 
     def __init__(
         self,
-        base: str | PeftModel,
+        base: str | PathLike | PeftModel,
         library: Any = None,
         routed_model: str | None = None,
         device: str | None = None,
         **options: Any,
     ) -> None:
+        base = fspath(base) if isinstance(base, PathLike) else base
         sources = [source for source in (library, routed_model) if source is not None]
         if len(sources) != isinstance(base, str):
             raise ValueError(
@@ -65,8 +69,8 @@ class PeftArrowLM(HFLM):
             )
         self._library, self._routed_model = library, routed_model
         self._routing = {name: options.pop(name) for name in ROUTING if name in options}
-        own = getattr(ROUTERS.get(self._routing.get("router", "arrow")), "options", ())
-        own = {name: options.pop(name) for name in own if name in options}
+        router = ROUTERS.get(self._routing.get("router", "arrow"))
+        own = {name: options.pop(name) for name in (router.options if router else ()) if name in options}
         if own:
             self._routing["router_options"] = own
         if self._routing and library is None:
@@ -129,7 +133,4 @@ def decides_on_prompts(model: torch.nn.Module) -> bool:
     """Whether the model is routed by a choice that is made once a request, and not for each token."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ArrowLoraModel):
         return False
-    config = model.active_peft_config
-    return (
-        getattr(ROUTERS[config.router], "is_prompt_level", False) or getattr(config, "granularity", "") == "sequence"
-    )
+    return decides_once(model.active_peft_config.make_router())

@@ -13,15 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.registry import get_model
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from peft_arrow import AdapterLibrary, ArrowLoraModel
-from peft_arrow.evaluation.lm_eval_model import PeftArrowLM
+from peft_arrow.evaluation.measures import choice_values
+from peft_arrow.evaluation.rows import read_row
+from peft_arrow.evaluation.scoring import score_options
 from tests.pico import pico_adapter, pico_base
+
+
+pytest.importorskip("lm_eval", reason="comes with the extra lm-eval")
+
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from peft_arrow.evaluation.lm_eval_model import PeftArrowLM  # noqa: E402
 
 
 ROOT = Path(__file__).parents[2]
@@ -35,25 +43,32 @@ def items() -> list[dict]:
     word = lambda low, high: "".join(rng.choices("abcdefgh ", k=rng.randint(low, high))).strip() or "a"  # noqa: E731
     found = []
     for number in range(12):
-        options = [f" {word(1, 9)}" for _ in range(2 + number % 3)]
+        options = [word(1, 9) for _ in range(2 + number % 3)]
         found.append({"question": f"Q: {word(3, 40)}\nA:", "choices": options, "answer": number % 2})
-    found.append({"question": "Q: one\nA:", "choices": [" x", " y", " xx"], "answer": 2})
-    return found
+    return [*found, {"question": "Q: one\nA:", "choices": ["x", "y", "xx"], "answer": 2}]
+
+
+# White space at the end of a context, and none at all, are where implementations part.
+EDGES = [
+    {"question": "Q: two \nA: ", "choices": ["no", "yes"], "answer": 1},
+    {"question": "Q: three\n\n", "choices": ["abc", "d e", "f"], "answer": 0},
+    {"question": "", "choices": ["ab", "ba"], "answer": 1},
+]
+
+
+def read_from(path: Path, rows: list[dict]) -> dict:
+    """What a task's YAML says about rows that are written to that file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"data_files": {"test": str(path)}, "cache_dir": str(path.parent / "cache")}
+    return {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "doc_to_text": "{{question}}"}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> TaskManager:
     """`pico_choice` and `pico_words`, read from YAML and JSON lines."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items()))
-    shared = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "items.jsonl")}, "cache_dir": str(folder / "cache")},
-        "test_split": "test",
-        "doc_to_text": "{{question}}",
-    }
     choice = {
-        **shared,
+        **read_from(folder / "choice.jsonl", [*items(), *EDGES]),
         "task": "pico_choice",
         "output_type": "multiple_choice",
         "doc_to_choice": "{{choices}}",
@@ -61,7 +76,7 @@ def tasks(tmp_path_factory) -> TaskManager:
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
     words = {
-        **shared,
+        **read_from(folder / "words.jsonl", items()),
         "task": "pico_words",
         "output_type": "generate_until",
         "doc_to_target": "{{choices[answer]}}",
@@ -85,8 +100,8 @@ def places(tmp_path_factory, tokenizer) -> dict[str, str]:
     return {name: str(root / name) for name in ("base", "one", "two", "library")}
 
 
-def run(model, tasks: TaskManager, name: str = "pico_choice", **options) -> list:
-    """What the harness got of each request of each item, in order."""
+def run(model, tasks: TaskManager, name: str = "pico_choice", **options) -> tuple[list, list]:
+    """What the harness got for each request of each item, and its records of the items, in order."""
     found = simple_evaluate(
         model=model, tasks=[name], task_manager=tasks, bootstrap_iters=0, log_samples=True, **options
     )
@@ -146,7 +161,7 @@ def test_one_model_of_the_harness_for_each_way_in(places):
 def test_bad_arguments(places, options, message):
     options = {name: places["library"] if value == "LIBRARY" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
-        PeftArrowLM(places["base"], **options, **OPTIONS)
+        PeftArrowLM(Path(places["base"]), **options, **OPTIONS)
 
 
 @pytest.mark.slow  # the harness looks through all its own tasks first
@@ -157,15 +172,19 @@ def test_the_command_line(tasks, places, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--output_path", str(tmp_path)])
     runpy.run_module("peft_arrow.evaluation.lm_eval", run_name="__main__")
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
-    assert results["results"]["pico_choice"]["sample_len"] == len(items()) and "pico_choice" in capsys.readouterr().out
+    assert (
+        results["results"]["pico_choice"]["sample_len"] == len(items()) + len(EDGES)
+        and "pico_choice" in capsys.readouterr().out
+    )
 
 
-def test_an_option_has_no_say_in_who_scores_it(places, tokenizer):
+@pytest.mark.parametrize("batch_size", [3, "auto"])
+def test_an_option_has_no_say_in_who_scores_it(places, tokenizer, batch_size):
     """With granularity="sequence": each option's score is that of the LoRA chosen from the context's tokens alone."""
     model = ArrowLoraModel.from_pretrained(pico_base(), [places["library"]], top_k=1, granularity="sequence")
     requests = [(item["question"], option) for item in items() for option in item["choices"]]
     instances = [Instance("loglikelihood", {}, pair, 0) for pair in requests]
-    harness = PeftArrowLM(model, tokenizer=tokenizer, **OPTIONS)
+    harness = PeftArrowLM(model, tokenizer=tokenizer, device="cpu", batch_size=batch_size, max_batch_size=4)
     found = [answer[0] for answer in harness.loglikelihood(instances, disable_tqdm=True)]
     careless = [
         answer[0] for answer in HFLM(model, tokenizer=tokenizer, **OPTIONS).loglikelihood(instances, disable_tqdm=True)
@@ -182,3 +201,25 @@ def test_an_option_has_no_say_in_who_scores_it(places, tokenizer):
     expected = torch.tensor(expected)
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
     assert (torch.tensor(careless) - expected).abs().max() > 1e-2, "options decide nothing here: this shows nothing"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_judge_scores_the_base_as_the_harness_does(tasks, places, tokenizer, batch_size):
+    """To the item: the log-likelihood of each option, and both choices that are made of them."""
+    arguments = {"model_args": f"pretrained={places['base']}", "device": "cpu", "batch_size": 3}
+    answers, samples = run("hf", tasks, **arguments)
+    rows = [
+        read_row(
+            {"input": item["question"], "options": item["choices"], "gold": item["answer"]}, "item", delimiter=" "
+        )
+        for item in [*items(), *EDGES]
+    ]
+    questions = [{"prompt": row.prompt, "options": row.continuations()} for row in rows]
+    scores = score_options(pico_base(), tokenizer, questions, batch_size=batch_size)
+    assert [len(item) for item in scores] == [len(item) for item in answers]
+    found = torch.tensor([score.loglik for item in scores for score in item], dtype=torch.float64)
+    torch.testing.assert_close(found, flat(answers), atol=1e-4, rtol=0)
+    assert [[score.is_greedy for score in item] for item in scores] == [[bool(g) for _, g in item] for item in answers]
+    for row, item, sample in zip(rows, scores, samples, strict=True):
+        values = choice_values(row, item)
+        assert (values["acc"], values["acc_norm"]) == (sample["acc"], sample["acc_norm"]), row
