@@ -24,6 +24,8 @@ _LAZY = {
     "TrainingFailed": "training",
     "merge_adapters": "clustering.merging",
     "push_to_hub": "modeling",
+    "random_like": "library.transforms",
+    "subtract_general": "library.transforms",
     "train_adapter": "training",
     "train_groups": "training",
     "train_library": "building",
