@@ -33,7 +33,7 @@ ROOMS = {
     "training": ["library", "library.adapter"],
     "building": ["clustering", "library", "library.adapter", "training"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
-    "evaluation": ["library", "modeling"],
+    "evaluation": ["library", "library.adapter", "modeling", "routers", "tuner"],
     "": ["modeling", "tuner"],
     "quickstart": [
         "",
