@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .leaks import find_leaks, is_blind
 from .shares import largest_change, mean_shares
 from .statistics import paired_difference, task_mean
-from .tables import signed
+from .tables import plain, signed
 
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _not_better(report: EvaluationReport) -> Iterator[str]:
             gap = report.difference(name, other, LOSS) if other else None
             if gap is None or gap.high < 0:
                 continue
-            (worse if gap.low > 0 else same).append(f"{told} ({signed(gap, LOSS)})")
+            (worse if gap.low > 0 else same).append(f"{told} ({plain(gap, LOSS)})")
         if worse:
             yield f"{name} has a higher loss than {_and(worse)}."
         if same:
@@ -150,7 +150,7 @@ def _oracle(report: EvaluationReport) -> Iterator[str]:
             gap = report.difference(name, other, LOSS) if other else None
             if gap is not None and gap.high >= 0:
                 yield (
-                    f"Each task with its own expert is not better in loss than {told} ({signed(gap, LOSS)}): choosing "
+                    f"Each task with its own expert is not better in loss than {told} ({plain(gap, LOSS)}): choosing "
                     "experts cannot help here."
                 )
 

@@ -51,7 +51,7 @@ class Method:
     @property
     def needs_data(self) -> bool:
         """Whether its router has to be fitted first."""
-        return self.router is not None and getattr(ROUTERS[self.router], "needs_data", False)
+        return self.router is not None and ROUTERS[self.router].needs_data
 
     def told(self) -> str:
         """What it is, for people."""
@@ -59,7 +59,7 @@ class Method:
             return f"every token to {self.experts!r}"
         words = TOLD.get(self.name) or SPECIAL.get(self.name)
         if words is None:
-            summary = getattr(ROUTERS[self.router], "summary", "") if self.router else ""
+            summary = ROUTERS[self.router].summary if self.router else ""
             words = f"router {self.router!r}" + (f": {summary}" if summary else "")
         chosen = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "seed")
         return f"{words} ({chosen})" if chosen else words
@@ -129,10 +129,10 @@ def _named(name: str, seeds: int, lora_seeds: int) -> Method:
 
 
 def _check_router(name: Any) -> None:
-    if name not in ROUTERS or getattr(ROUTERS[name], "is_pinned", False):
+    if name not in ROUTERS or ROUTERS[name].is_pinned:
         allowed = [
             *SPECIAL,
-            *(key for key in ROUTERS if not getattr(ROUTERS[key], "is_pinned", False) and key not in SPECIAL),
+            *(key for key in ROUTERS if not ROUTERS[key].is_pinned and key not in SPECIAL),
         ]
         raise ValueError(f"methods holds {name!r}, which is unknown; allowed are {', '.join(map(repr, allowed))}.")
 

@@ -92,13 +92,10 @@ def make_plans(
         fit_data (`Mapping`, *optional*): as given.
 
     Raises:
-        ValueError: a method that cannot be judged: an unknown expert, no own experts, no rows for selection, or none
-            to fit a router with.
+        ValueError: a method that cannot be judged: an unknown expert, or no rows to fit a router with; without
+            controls also no own experts, and no rows for selection.
     """
     listed = list_methods(methods, controls=options.controls, seeds=options.seeds, lora_seeds=options.lora_seeds)
-    asked = [
-        entry for entry in ([methods] if isinstance(methods, (str, Mapping)) else methods) if isinstance(entry, str)
-    ]
     plans, notes = {}, []
     for label, library in libraries.items():
         own = own_experts(tasks, list(library), oracle, is_only=len(libraries) == 1)
@@ -108,10 +105,11 @@ def make_plans(
         missing = _missing(own, tasks)
         kept = [method for method in listed if method.kind not in missing]
         for method in listed:
-            if method.kind in missing and method.name in asked and len(listed) == len(asked):
-                raise ValueError(f"method {method.name!r} cannot be judged: {missing[method.kind]}.")
             if method.kind in missing:
-                notes.append(f"{f'{label}/' if label else ''}{method.name} is left out: {missing[method.kind]}.")
+                told = f"{f'{label}/' if label else ''}{method.name} is left out: {missing[method.kind]}."
+                if not options.controls:
+                    raise ValueError(told)
+                notes.append(told)
         fit = {name: list(part) for name, part in rows.items()} if rows and any(m.needs_data for m in kept) else None
         plans[label] = Plan(
             library,

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from peft import PeftModel
 
 from ..library.library import AdapterLibrary
+from ..routers import ROUTERS, SELECTION_FIELDS
 from ..tuner import ArrowLoraConfig, ArrowLoraModel
 from .batches import Around, nothing_around
 from .methods import Method
 
 
-ROUTING_FIELDS = (
-    "top_k",
-    "router_temperature",
-    "top_p",
-    "granularity",
-    "tied",
-    "null_expert",
-    "masked_experts",
-    "calibrated",
-)
+# What `Selection` calls otherwise than the config.
+RENAMED = {"temperature": "router_temperature"}
 
 
 def routing_defaults(top_k: int) -> dict[str, Any]:
     """The common options of routers with their defaults, and `top_k`."""
-    found = {}
-    for field in fields(ArrowLoraConfig):
-        if field.name in ROUTING_FIELDS:
-            found[field.name] = field.default if field.default is not MISSING else field.default_factory()
-    return {**found, "top_k": top_k}
+    defaults = {field.name: field.default for field in fields(ArrowLoraConfig)}
+    names = [RENAMED.get(name, name) for name in SELECTION_FIELDS]
+    return {**{name: defaults[name] for name in names}, "top_k": top_k}
 
 
 class RoutedLibrary:
@@ -82,13 +73,9 @@ class RoutedLibrary:
             self.model.fit_router(method.router, fit_data, tokenizer=tokenizer)
             self.fitted.add(method.router)
         options = resolved_options(method, seed, self.defaults)
-        is_calibrated = options.pop("calibrated", False)
-        self.model.set_router(
-            method.router, **options, **({"calibrated": False} if "calibrated" in self.defaults else {})
-        )
-        if is_calibrated:
-            self.model.calibrate_router(tokenizer=tokenizer)
-            self.model.set_router(calibrated=True)
+        self.model.set_router(method.router, **{**options, "calibrated": False})
+        if options["calibrated"]:
+            self.model.calibrate_router()
 
     def _aggregate(self, method: Method) -> None:
         adapter = self.model.base_model.active_arrow_adapter()
@@ -104,4 +91,5 @@ class RoutedLibrary:
 
 def resolved_options(method: Method, seed: int | None, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a method's router: those it names, the defaults of the others, and the seed of the run."""
-    return {**defaults, **method.options, **({} if seed is None or method.kind != "routed" else {"seed": seed})}
+    own = {name: option.default for name, option in ROUTERS[method.router].options.items()}
+    return {**defaults, **own, **method.options, **({} if seed is None or method.kind != "routed" else {"seed": seed})}

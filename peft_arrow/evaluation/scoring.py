@@ -91,21 +91,24 @@ def score_options(
     Raises:
         TooLong: prompt and option have more tokens than the model's context; the message names the item.
     """
-    limit = context_limit(model)
-    encoded, places = [], []
+    encoded = _encode_items(tokenizer, items, context_limit(model), truncate)
+    pairs = [pair for options in encoded for pair in options]
+    scores = iter(score_encoded(model, pairs, batch_size, token_budget, around, on_batch))
+    return [[next(scores) for _ in options] for options in encoded]
+
+
+def _encode_items(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Any], limit: int | None, truncate: bool
+) -> list[list[Encoded]]:
+    encoded = []
     for number, item in enumerate(items):
         prompt, options, is_templated = _parts(item)
-        for option in options:
-            try:
-                pair = encode(tokenizer, prompt, option, is_templated=is_templated, limit=limit, truncate=truncate)
-            except TooLong as error:
-                raise TooLong(f"item {number} {error}; truncate=True cuts prompts on the left.") from error
-            encoded.append(pair)
-            places.append(number)
-    scores: list[list[OptionScore]] = [[] for _ in items]
-    for number, score in zip(places, score_encoded(model, encoded, batch_size, token_budget, around, on_batch)):
-        scores[number].append(score)
-    return scores
+        rules = {"is_templated": is_templated, "limit": limit, "truncate": truncate}
+        try:
+            encoded.append([encode(tokenizer, prompt, option, **rules) for option in options])
+        except TooLong as error:
+            raise TooLong(f"item {number} {error}; truncate=True cuts prompts on the left.") from error
+    return encoded
 
 
 def _parts(item: Any) -> tuple[str, Sequence[str], bool]:

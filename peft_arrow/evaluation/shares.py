@@ -13,8 +13,12 @@ LayerShares = Mapping[str, Sequence[float]]
 
 
 def layer_shares(trace: RoutingTrace) -> dict[str, list[float]]:
-    """Layer -> share of the routing weight of each expert; the shares of a layer sum to 1."""
-    return {layer: [round(share, 5) for share in shares] for layer, shares in routing_shares(trace).items()}
+    """Layer -> share of the routing weight of each expert, and last of the base where it is a candidate; sum 1."""
+    found = routing_shares(trace)
+    width = max(map(len, found.values()))
+    return {
+        layer: [round(share, 5) for share in shares] + [0.0] * (width - len(shares)) for layer, shares in found.items()
+    }
 
 
 def overall(shares: LayerShares) -> list[float]:

@@ -29,10 +29,9 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
+    finally:  # after a failure; otherwise it has moved
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
-        raise
 
 
 class ResultStore:

@@ -37,9 +37,15 @@ def signed(difference: Difference | None, measure: str) -> str:
     """A difference with its interval; one whose interval holds 0 says so."""
     if difference is None:
         return "-"
+    told = plain(difference, measure)
+    return told if difference.is_clear else f"no difference {told[told.index('[') :]}"
+
+
+def plain(difference: Difference, measure: str) -> str:
+    """A difference with its interval; shares in points."""
     scale, digits = (100, 1) if measure_of(measure).kind == "share" else (1, 3)
     mean, low, high = (f"{scale * value:+.{digits}f}" for value in (difference.mean, difference.low, difference.high))
-    return f"{mean} [{low}, {high}]" if difference.is_clear else f"no difference [{low}, {high}]"
+    return f"{mean} [{low}, {high}]"
 
 
 def all_tables(report: EvaluationReport) -> list[Table]:

@@ -120,11 +120,11 @@ def read_task(
         raise ValueError(
             f"task {task.name!r}: kind={task.kind!r} is unknown; allowed are {', '.join(map(repr, KINDS))}."
         )
-    raw = _raw_rows(task.name, task.rows)
+    raw = raw_rows(task.name, task.rows)
     judged = [row for row in raw if row.get("split") != TRAIN]
     training = [row for row in raw if row.get("split") == TRAIN]
     if task.selection is not None:
-        training = _raw_rows(task.name, task.selection)
+        training = raw_rows(task.name, task.selection)
     if not judged:
         told = f"{len(training)} rows, all of them of the split 'train'" if training else "no rows"
         raise ValueError(f"task {task.name!r} has {told}; at least one must be left to judge.")
@@ -163,7 +163,16 @@ def evenly(rows: Sequence[Any], count: int | None) -> list[Any]:
     return [rows[place * len(rows) // count] for place in range(count)]
 
 
-def _raw_rows(name: str, source: Rows) -> list[Mapping[str, Any]]:
+def raw_rows(name: str, source: Rows) -> list[Mapping[str, Any]]:
+    """The rows of a task as they are given.
+
+    Args:
+        name (`str`): of the task, for messages.
+        source: rows, or a .jsonl file.
+
+    Raises:
+        ValueError: no such file, or something in it that is no row.
+    """
     if isinstance(source, (str, PathLike)):
         return _read_lines(name, Path(source).expanduser())
     rows = list(source)
