@@ -33,8 +33,8 @@ ROOMS = {
     "training": ["library", "library.adapter"],
     "building": ["clustering", "library", "library.adapter", "training"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
-    "evaluation": ["library", "modeling"],
     "tracing": ["library", "library.adapter", "modeling", "tuner"],
+    "evaluation": ["library", "library.adapter", "modeling", "routers", "tuner"],
     "": ["modeling", "tuner"],
     "quickstart": [
         "",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import build, cluster, discover, inspect, pull, push, quickstart, route, train
+from . import build, cluster, discover, evaluate, inspect, pull, push, quickstart, route, train
 
 
 COMMANDS = {
@@ -17,6 +17,7 @@ COMMANDS = {
     "cluster": cluster,
     "build": build,
     "route": route,
+    "evaluate": evaluate,
     "pull": pull,
     "push": push,
 }

@@ -79,6 +79,13 @@ class FactorReader:
             yield module, self[module]
 
 
+def update_norm(factor: Factors) -> float:
+    """|dW| in Frobenius norm, float64: the root of s^2 tr((B^T B)(A A^T))."""
+    lora_A, lora_B = factor.lora_A.detach().double(), factor.lora_B.detach().double()
+    square = ((lora_A @ lora_A.T) * (lora_B.T @ lora_B)).sum()
+    return abs(factor.scaling) * float(square.clamp(min=0).sqrt())
+
+
 def weight_bytes(adapter: Adapter) -> int:
     """Bytes of the factors, from shapes alone."""
     factors = outline_lora(adapter).factors.values()

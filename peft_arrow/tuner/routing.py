@@ -90,12 +90,12 @@ class RoutingMixin:
         tokens = x.shape[:-1].numel()
         request = None if self.requests is None else self.requests.current
         key = (adapter_name, self.module_name)
-        decided = None if request is None else request.decided.get(key)
+        decided = None if request is None or request.is_first else request.decided.get(key)
         if decided is None:
             allowed_E = self._allowed(adapter_name, x.device)
             decided = router.choose(self._row_logits(adapter_name, router, x, request), allowed_E)
             if request is not None:
-                request.decided[key] = decided
+                request.decided[key] = decided.detach()
         rows = decided.top_k_index.shape[0]
         if tokens % rows:
             raise ValueError(
