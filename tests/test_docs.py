@@ -91,6 +91,9 @@ def test_commands_exist(place, command):
         assert {name for group in extras for name in group.split(",")} <= set(known), place
     elif words[0].endswith("python") and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), f"{place}: there is no {words[1]}"
+    elif words[0].endswith("python") and words[1] == "-m":
+        module = ROOT.joinpath(*words[2].split("."))
+        assert module.with_suffix(".py").is_file() or module.is_dir(), f"{place}: there is no module {words[2]}"
     else:
         assert any(re.fullmatch(pattern, " ".join(words)) for pattern in SET_UP), (
             f"{place}: unknown command {command!r}"

@@ -33,6 +33,7 @@ ROOMS = {
     "training": ["library", "library.adapter"],
     "building": ["clustering", "library", "library.adapter", "training"],
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
+    "tracing": ["library", "library.adapter", "modeling", "tuner"],
     "evaluation": ["library", "library.adapter", "modeling", "routers", "tuner"],
     "": ["modeling", "tuner"],
     "quickstart": [
@@ -46,7 +47,7 @@ ROOMS = {
         "training",
         "tuner",
     ],
-    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "training"],
+    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "tracing", "training"],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.
 PACKAGES = {

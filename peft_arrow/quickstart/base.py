@@ -54,14 +54,17 @@ def smollm2_folder() -> Path:
     return target
 
 
-def load_base(base: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model in float32 and eval mode, with its tokenizer.
+def load_base(
+    base: str | None = None, dtype: torch.dtype | str = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in eval mode, with its tokenizer.
 
     Args:
         base (`str`, *optional*): a folder or Hub id; by default SmolLM2, which then carries its Hub id as its name.
+        dtype (`torch.dtype` or `str`): of its weights.
     """
     source = smollm2_folder() if base is None else base
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     if base is None:
         model.config._name_or_path = model.name_or_path = BASE_ID
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -8,7 +8,8 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..tuner.trace_report import draw_heat_map, layer_labels, new_figure, routing_shares
+from ..tuner.trace_pictures import draw_tasks, new_figure
+from ..tuner.trace_stats import layer_labels
 from .judge import encode
 from .tasks import Row
 
@@ -27,17 +28,12 @@ def draw_by_task(
         path (`Path`): the picture.
         own (`Mapping[str, str]`): task -> its own expert, where it has one.
     """
-    means = [[statistics.fmean(column) for column in zip(*layers.values(), strict=True)] for layers in shares.values()]
-    framed = [(row, list(experts).index(own[task])) for row, task in enumerate(shares) if task in own]
-    draw_heat_map(
-        means,
-        path,
-        title="Where the tokens of each task went:\nrouting weight in %, mean over layers"
-        + (f"\n{FRAMED}" if framed else ""),
-        columns=("expert (adapter)", experts),
-        rows=("task of the tokens", list(shares)),
-        annotate=True,
-        framed=framed,
+    means = {
+        task: [statistics.fmean(column) for column in zip(*layers.values(), strict=True)]
+        for task, layers in shares.items()
+    }
+    draw_tasks(
+        means, experts, path, own, title="Where the tokens of each task went:\nrouting weight in %, mean over layers"
     )
 
 
@@ -79,5 +75,5 @@ def task_shares(
     for task, rows in tqdm(rows_of.items(), desc="drawing", unit="task"):
         with model.trace_routing() as trace:
             model(**encode(tokenizer, rows)[0], logits_to_keep=1)
-        shares[task] = routing_shares(trace)
+        shares[task] = trace.shares()
     return shares

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import ArrowLoraModel
 from ..library.library import AdapterLibrary
-from ..tuner.trace_report import routing_html
 from . import pictures, report
 from .base import load_base, silence_known_warnings
 from .judge import encode, files_fingerprint
@@ -198,7 +197,7 @@ def draw(
     shares = pictures.task_shares(model, tokenizer, {task: rows[task][:TRACED_ROWS] for task in rows})
     pictures.draw_by_task(shares, model.expert_names, names["experts_by_task.png"], own)
     pictures.draw_by_layer(shares, model.expert_names, names["experts_by_layer.png"], own)
-    with model.trace_routing() as trace:
+    with model.trace_routing(tasks=list(rows)) as trace:
         model(**encode(tokenizer, [rows[task][0] for task in rows])[0], logits_to_keep=1)
-    routing_html(trace, names["tokens.html"], tokenizer, labels=list(rows))
+    trace.html(names["tokens.html"], tokenizer)
     return [str(path) for path in names.values()]

@@ -38,6 +38,10 @@ class Routing:
         weights_TE = self.top_k_weights.new_zeros(self.top_k_index.shape[0], num_experts + 1)
         return weights_TE.scatter(1, index_TK, self.top_k_weights)[:, :num_experts]
 
+    def detach(self) -> Routing:
+        """The same without a graph."""
+        return Routing(self.top_k_index, self.top_k_weights.detach(), self.is_plain)
+
     def rows(self, repeats: int) -> Routing:
         """Each row `repeats` times in a row: from one decision a sequence to one a token."""
         if repeats == 1:

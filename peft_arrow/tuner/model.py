@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from .prototype_state import building_suspended
 from .resolve import ResolvedExperts, resolve
 from .router_methods import RouterMethods
 from .state_dict import from_checkpoint, prompt_keys, to_checkpoint, with_adapter
-from .trace import RoutingTrace, record_routing
+from .trace import RoutingTrace
+from .trace_hooks import record_routing
 
 
 class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
@@ -216,11 +217,14 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
             layer.build_prototypes(rebuild=True)
 
     @contextlib.contextmanager
-    def trace_routing(self) -> Iterator[RoutingTrace]:
-        """Record which experts every token went to while the context is open; see [`RoutingTrace`]."""
+    def trace_routing(self, tasks: Sequence[str] | None = None) -> Iterator[RoutingTrace]:
+        """Record which experts every token went to while the context is open; see [`RoutingTrace`].
+
+        Args:
+            tasks (`Sequence[str]`, *optional*): the task of each row of the batch, for tables and pictures by task.
+        """
         adapter_name = self.active_arrow_adapter()
-        config = self.peft_config[adapter_name]
-        with record_routing(self.model, self.routed_layers(), adapter_name, list(config.expert_names)) as trace:
+        with record_routing(self.model, self.routed_layers(), adapter_name, self.expert_names, tasks) as trace:
             yield trace
 
     def delete_adapter(self, adapter_name: str) -> None:

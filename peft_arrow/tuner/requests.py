@@ -32,7 +32,7 @@ class Request:
         prompt_logits (`dict[str, torch.Tensor]`): PEFT adapter -> float32 (B, E), where a prompt-level router decides.
         decided (`dict`): (PEFT adapter, module) -> the choice of each row.
         merged (`dict`): (PEFT adapter, module) -> the chosen experts as one LoRA a row, for decoding.
-        is_first (`bool`): whether the call that decides still runs.
+        is_first (`bool`): whether only the call that decides was made; its backward may run it again.
     """
 
     version: int
@@ -111,13 +111,14 @@ class RequestTracker:
             inputs = _inputs(args, kwargs)
             request = Request(self.version, self._mask(inputs, kwargs.get("attention_mask")))
             request.prompt_logits = self._prompt_logits(inputs, request.mask_BS)
+        else:
+            request.is_first = False
         self._local.request = self._last = request
 
     def _end(self, _module: nn.Module, _args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         request = getattr(self._local, "request", None)
         if self.is_bare or request is None:
             return
-        request.is_first = False
         cache = getattr(output, "past_key_values", None)
         cache = kwargs.get("past_key_values") if cache is None else cache
         if cache is not None and hasattr(cache, "__dict__"):

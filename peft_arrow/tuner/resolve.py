@@ -80,6 +80,7 @@ def _complete(config: ArrowLoraConfig) -> None:
         heads = HEADS.get(config.task_type)
         config.modules_to_save = None if heads is None else list(heads)
     config.check_trainable_experts()
+    config.check_ready()
     if config.aggregation == "parameter":
         check_equal_ranks(config)
 

@@ -55,9 +55,8 @@ class RouterMethods:
         kept = dict(config.router_options or {}) if name == config.router else {}
         kept.update({key: value for key, value in options.items() if key in own})
         changes = {key: value for key, value in options.items() if key in SETTINGS}
-        if "masked_experts" in changes and changes["masked_experts"] is not None:
-            masked = changes["masked_experts"]
-            changes["masked_experts"] = masked if isinstance(masked, str) else list(masked)
+        if isinstance(changes.get("masked_experts"), (tuple, set)):
+            changes["masked_experts"] = sorted(changes["masked_experts"])
         return config.changed(router=name, router_options=kept or None, **changes)
 
     def _use_config(self, adapter_name: str, config: Any) -> None:

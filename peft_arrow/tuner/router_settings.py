@@ -20,7 +20,8 @@ class RouterSettings:
         """
         check_router(self.router)
         values = {name: getattr(self, name) for name in SELECTION_FIELDS if name != "temperature"}
-        values["masked_experts"] = tuple(self.masked_experts or ())
+        masked = self.masked_experts or ()
+        values["masked_experts"] = masked if isinstance(masked, str) else tuple(masked)
         selection = Selection(temperature=self.router_temperature, **values)
         return make_router(self.router, selection, **(self.router_options or {}))
 

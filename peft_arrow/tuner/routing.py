@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from ..ops import ExpertBank
 from ..routers import Router, Routing
+from .batch_rows import batch_rows
 from .merged import MergedRows, merge_rows
 from .norms import core_lengths, norm_cores
 from .prototype_state import is_materialised
@@ -88,12 +90,12 @@ class RoutingMixin:
         tokens = x.shape[:-1].numel()
         request = None if self.requests is None else self.requests.current
         key = (adapter_name, self.module_name)
-        decided = None if request is None else request.decided.get(key)
+        decided = None if request is None or request.is_first else request.decided.get(key)
         if decided is None:
             allowed_E = self._allowed(adapter_name, x.device)
             decided = router.choose(self._row_logits(adapter_name, router, x, request), allowed_E)
             if request is not None:
-                request.decided[key] = decided
+                request.decided[key] = decided.detach()
         rows = decided.top_k_index.shape[0]
         if tokens % rows:
             raise ValueError(
@@ -202,11 +204,9 @@ class RoutingMixin:
                 )
             pins = None if position is None else [{position: 1.0}]
             rows = [row for row, wanted in enumerate(row_targets) if wanted == target]
-            result = result.index_add(
-                0,
-                torch.tensor(rows, device=x.device),
-                self.routed_delta(adapter_name, x[rows], pins).to(result.dtype),
-            )
+            with batch_rows(rows, len(x)) if self.recorder is not None else nullcontext():
+                delta = self.routed_delta(adapter_name, x[rows], pins)
+            result = result.index_add(0, torch.tensor(rows, device=x.device), delta.to(result.dtype))
         return result
 
 

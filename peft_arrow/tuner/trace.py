@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..routers import Routing
-from .layer import ArrowLoraLayer
-from .trace_report import plot_routing, routing_html, routing_table
+from .trace_page import routing_html
+from .trace_pictures import plot_routing
+from .trace_report import routing_table
+from .trace_rows import TracedRow, to_records, traced_rows, write_json
+from .trace_stats import Agreement, Entropy, routing_agreement, routing_entropy, routing_shares
 
 
-@dataclass(frozen=True)
+BASE_NAME = "__base__"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenInputs:
+    """The tokens that one call of the model, or of its encoder or decoder, was given.
+
+    Args:
+        input_ids (`torch.Tensor`, *optional*): int64 (B, S), on the CPU; None where embeddings were passed.
+        attention_mask (`torch.Tensor`, *optional*): (B, S or longer) as passed to the model.
+        tasks (`tuple[str, ...]`, *optional*): the task of each row, or of each B / len(tasks) rows in a row.
+        stream (`str`): `"encoder"` or `"decoder"`, empty where the model has one stream of tokens.
+        ended (`torch.Tensor`, *optional*):
+            bool (B,), rows whose text had ended: `generate` passes padding for them, which its mask does not tell.
+        continues (`TokenInputs`, *optional*): what the tokens continue, as a decoding step does.
+    """
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    tasks: tuple[str, ...] | None = None
+    stream: str = ""
+    ended: torch.Tensor | None = None
+    continues: TokenInputs | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class ModuleTrace:
     """The routing of one module in one call, on the CPU.
 
     Args:
         top_k_index (`torch.Tensor`):
-            int64 (..., K), with the module's batch dimensions; positions in `expert_names`, -1 where the module has
-            fewer than K candidates.
+            int64 (..., K), with the module's batch dimensions; positions in `expert_names`, -1 where nothing was
+            chosen: the module has fewer than K candidates, or the router kept fewer.
         top_k_weights (`torch.Tensor`): float32 (..., K); each row sums to 1, 0 where the index is -1.
+        expert_names (`Sequence[str]`): what the positions mean.
+        candidates (`tuple[int, ...]`): positions of the experts that the router could choose here.
+        inputs (`TokenInputs`, *optional*): the tokens, where they are known.
     """
 
     top_k_index: torch.Tensor
     top_k_weights: torch.Tensor
+    expert_names: Sequence[str] = ()
+    candidates: tuple[int, ...] = ()
+    inputs: TokenInputs | None = None
+
+    @property
+    def experts(self) -> list:
+        """The experts' names, a list nested as `top_k_index`; None where the index is -1."""
+        return _named(self.top_k_index.tolist(), [*self.expert_names, None])
+
+
+def _named(index: Any, names: Sequence[str | None]) -> Any:
+    return [_named(inner, names) for inner in index] if isinstance(index, list) else names[index]
 
 
 @dataclass
@@ -50,11 +90,17 @@ class RoutingTrace(Mapping):
     """What `model.trace_routing()` recorded; as a mapping, the last call's modules.
 
     Args:
-        expert_names (`list[str]`): what the positions mean.
+        expert_names (`list[str]`): what the positions mean; `"__base__"` is last where the null expert was used.
+        tasks (`Sequence[str]`, *optional*): the task of each row of the batches that are recorded.
+
+    Attributes:
+        steps (`list[TraceStep]`): every call, in order.
+        tasks (`Sequence[str]`, *optional*): may be set anew before each call of the model.
     """
 
-    def __init__(self, expert_names: list[str]) -> None:
+    def __init__(self, expert_names: list[str], tasks: Sequence[str] | None = None) -> None:
         self.expert_names = expert_names
+        self.tasks = tasks
         self.steps: list[TraceStep] = []
 
     def __getitem__(self, module: str) -> ModuleTrace:
@@ -68,67 +114,57 @@ class RoutingTrace(Mapping):
     def __len__(self) -> int:
         return len(self.steps[-1].modules) if self.steps else 0
 
-    def table(self) -> str:
-        """Share of the routing weight per expert, over all calls, without padding; plain text."""
-        return routing_table(self)
+    def rows(self, tokenizer: Any = None) -> list[TracedRow]:
+        """Each text with the experts of its tokens, prefill and decoding joined and padding left out."""
+        return traced_rows(self, tokenizer)
 
-    def plot(self, path: str | PathLike) -> None:
-        """Draw a heat map, modules by experts, to a picture file. Needs matplotlib (extra `viz`)."""
-        plot_routing(self, path)
+    def records(self, tokenizer: Any = None) -> list[dict[str, Any]]:
+        """One dict a token and module, for a data frame: what it is, and its experts' names and weights."""
+        return to_records(self, tokenizer)
+
+    def to_json(self, path: str | PathLike, tokenizer: Any = None) -> None:
+        """Write experts, modules and rows with all indices and weights as JSON; see docs/introspection.md."""
+        write_json(self, path, tokenizer)
+
+    def shares(self, by: str = "layer") -> dict[str, list[float]]:
+        """Each expert's share of the routing weight in each group; the shares of a group sum to 1.
+
+        Args:
+            by (`str`): `"all"`, `"task"`, `"layer"`, `"kind"` (q_proj ...) or `"module"`.
+        """
+        return routing_shares(self, by)
+
+    def entropy(self, by: str = "layer") -> dict[str, Entropy]:
+        """How many experts share a token, and how many are in use over all tokens; see [`Entropy`]."""
+        return routing_entropy(self, by)
+
+    def agreement(self, own_experts: Mapping[str, str] | None = None, by: str = "all") -> dict[str, Agreement]:
+        """How often tokens went to their own task's expert, with the rate of chance; see [`Agreement`].
+
+        Args:
+            own_experts (`Mapping[str, str]`, *optional*):
+                task -> the name of its expert; by default the tasks that are called as an expert is.
+            by (`str`): as for `shares`.
+
+        Raises:
+            ValueError: an expert that is not in the trace.
+        """
+        return routing_agreement(self, own_experts, by)
+
+    def table(self, own_experts: Mapping[str, str] | None = None) -> str:
+        """Shares, entropy and agreement with the tasks' own experts, without padding; plain text."""
+        return routing_table(self, own_experts)
+
+    def plot(self, path: str | PathLike, by: str = "layer", own_experts: Mapping[str, str] | None = None) -> None:
+        """Draw the shares, layers (or tasks, kinds, modules) by experts, to a picture. Needs matplotlib (`viz`).
+
+        Args:
+            path (`str` or `PathLike`): the picture: PNG, PDF or SVG.
+            by (`str`): as for `shares`; with `"layer"` the number of experts that share a token is drawn beside.
+            own_experts (`Mapping[str, str]`, *optional*): task -> expert, framed where `by` is `"task"`.
+        """
+        plot_routing(self, path, by, own_experts)
 
     def html(self, path: str | PathLike, tokenizer: Any = None) -> None:
-        """Write a self-contained page with the chosen expert of each token."""
+        """Write a self-contained page: each text with the experts behind each token, layer by layer."""
         routing_html(self, path, tokenizer)
-
-
-@contextlib.contextmanager
-def record_routing(
-    model: nn.Module, layers: dict[str, ArrowLoraLayer], adapter_name: str, expert_names: list[str]
-) -> Iterator[RoutingTrace]:
-    """Record the routing of the adapter's layers while open."""
-    trace = RoutingTrace(expert_names)
-    names = {id(layer): name for name, layer in layers.items()}
-
-    def begin(module, args, kwargs):
-        input_ids = kwargs.get("input_ids", args[0] if args and _is_ids(args[0]) else None)
-        trace.steps.append(TraceStep(attention_mask=_copy(kwargs.get("attention_mask")), input_ids=_copy(input_ids)))
-
-    def record(layer, adapter, routing: Routing, shape):
-        if adapter != adapter_name or torch._C._current_graph_task_id() != -1:
-            return  # inside a backward: the recomputed forward of a checkpointed layer
-        name = names[id(layer)]
-        if not trace.steps or name in trace.steps[-1].modules:
-            trace.steps.append(TraceStep())
-        trace.steps[-1].modules[name] = _module_trace(layer, adapter, routing, shape, len(expert_names))
-
-    handle = model.register_forward_pre_hook(begin, with_kwargs=True)
-    for layer in layers.values():
-        layer.recorder = record
-    try:
-        yield trace
-    finally:
-        handle.remove()
-        for layer in layers.values():
-            layer.recorder = None
-        trace.steps = [step for step in trace.steps if step.modules]
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_floating_point()
-
-
-def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.detach().cpu().clone() if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 else None
-
-
-def _module_trace(layer: ArrowLoraLayer, adapter: str, routing: Routing, shape, num_experts: int) -> ModuleTrace:
-    """Positions in the layer become positions in the model, padded to the K of a module that all experts have."""
-    positions = torch.tensor(layer.experts[adapter].positions)
-    index_TK = positions[routing.top_k_index.detach().cpu()]
-    weights_TK = routing.top_k_weights.detach().float().cpu()
-    router = layer.routers[adapter]
-    wanted = num_experts if router.uses_all else min(router.top_k, num_experts)
-    missing = max(wanted - index_TK.shape[-1], 0)
-    index_TK = nn.functional.pad(index_TK, (0, missing), value=-1)
-    weights_TK = nn.functional.pad(weights_TK, (0, missing), value=0.0)
-    return ModuleTrace(index_TK.reshape(*shape, -1), weights_TK.reshape(*shape, -1))

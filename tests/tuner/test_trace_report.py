@@ -1,82 +1,18 @@
-"""Tables, pictures and pages of small traces whose shares are known."""
+"""Tables and pictures of small traces whose numbers are known."""
 
 from __future__ import annotations
 
 import builtins
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from peft_arrow.tuner.trace_report import (
-    draw_heat_map,
-    layer_labels,
-    layer_of,
-    plot_routing,
-    routing_html,
-    routing_shares,
-    routing_table,
-)
+from peft_arrow.tuner.trace_pictures import draw_heat_map, plot_routing
+from peft_arrow.tuner.trace_report import LINE_WIDTH, routing_table
+from tests.tuner.traces import inputs, module, step, trace_of, two_rows
 
 
-def module(index, weights):
-    return SimpleNamespace(top_k_index=torch.tensor(index), top_k_weights=torch.tensor(weights, dtype=torch.float32))
-
-
-def step(modules, attention_mask=None, input_ids=None):
-    as_tensor = lambda value: None if value is None else torch.tensor(value)  # noqa: E731
-    return SimpleNamespace(modules=modules, attention_mask=as_tensor(attention_mask), input_ids=as_tensor(input_ids))
-
-
-def trace_of(*steps, names=("a", "b", "c")):
-    return SimpleNamespace(expert_names=list(names), steps=list(steps))
-
-
-@pytest.fixture
-def trace():
-    """Two rows of two tokens, the first of row 2 is padding; expert c is never chosen in layer 0."""
-    first = module([[[0, 1], [0, 1]], [[1, 2], [0, 1]]], [[[0.75, 0.25], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]])
-    last = module([[[2, -1], [2, -1]], [[0, -1], [2, -1]]], [[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    modules = {"model.layers.0.self_attn.q_proj": first, "model.layers.1.mlp.up_proj": last}
-    return trace_of(step(modules, [[1, 1], [0, 1]], [[5, 6], [0, 7]]))
-
-
-class Tokenizer:
-    def decode(self, ids):
-        return {5: "<b>", 6: " & more\n", 7: "x"}[ids[0]]
-
-
-def test_layers_of_names():
-    assert layer_of("model.layers.12.mlp.up_proj") == "model.layers.12"
-    assert layer_of("score") == "score"
-    assert layer_labels(["model.layers.0", "model.layers.1"]) == ["0", "1"]
-    assert layer_labels(["encoder.block.0", "decoder.block.0"]) == ["encoder.block.0", "decoder.block.0"]
-
-
-def test_shares_leave_out_padding(trace):
-    shares = routing_shares(trace)
-    assert shares["model.layers.0"] == pytest.approx([2.25 / 3, 0.75 / 3, 0])
-    assert shares["model.layers.1"] == pytest.approx([0, 0, 1])
-
-
-def test_shares_of_some_rows(trace):
-    assert routing_shares(trace, rows=[1])["model.layers.0"] == pytest.approx([0.5, 0.5, 0])
-
-
-def test_shares_count_every_token_of_a_module_with_another_shape():
-    decoder = module([[[0], [1], [1]]], [[[1.0], [1.0], [1.0]]])
-    trace = trace_of(step({"decoder.block.0.q": decoder}, [[0, 1]], [[3, 4]]))
-    assert routing_shares(trace)["decoder.block.0"] == pytest.approx([1 / 3, 2 / 3, 0])
-
-
-def test_shares_of_a_decoding_step_use_the_end_of_the_mask():
-    decoded = module([[[0]], [[2]]], [[[1.0]], [[1.0]]])
-    trace = trace_of(step({"model.layers.0.q": decoded}, [[0, 1, 1], [1, 1, 0]], [[3], [4]]))
-    assert routing_shares(trace)["model.layers.0"] == pytest.approx([1, 0, 0])
-
-
-def test_table(trace):
-    lines = routing_table(trace).splitlines()
+def test_table():
+    lines = routing_table(two_rows()).splitlines()
     assert lines[0] == "Share of the routing weight in percent, padding left out."
     assert lines[2].split() == ["by", "kind", "of", "module", "all", "q_proj", "up_proj"]
     assert [line.split() for line in lines[3:6]] == [
@@ -86,7 +22,23 @@ def test_table(trace):
     ]
     assert lines[7].split() == ["by", "layer", "0", "1"]
     assert lines[10].split() == ["c", "0.0", "100.0"]
+    assert not any("by task" in line or "oracle" in line for line in lines)
     assert routing_table(trace_of()) == "The trace holds no forward pass."
+
+
+def test_table_of_tasks():
+    """Weights .75 .25, 1 0 | .5 .5 in layer 0: H = .5623, 0 and ln 2 = .6931; own experts a and b."""
+    text = routing_table(two_rows(("dates", "plurals")), {"dates": "a", "plurals": "b"})
+    lines = [line.split() for line in text.splitlines()]
+    assert ["by", "task", "dates", "plurals"] in lines
+    assert ["a", "43.8", "25.0"] in lines and ["c", "50.0", "50.0"] in lines
+    # (.5623 + 0 + .6931) / 3 = .4185, exp 1.52; shares .75 .25: .5623, exp 1.75
+    assert ["q_proj", "0.418", "1.52", "0.562", "1.75"] in lines
+    assert ["up_proj", "0.000", "1.00", "0.000", "1.00"] in lines
+    # top: a, a, half of a tie; weight (.75 + 1 + .5) / 3; only q_proj has a and b
+    assert ["q_proj", "83.3", "75.0", "33.3", "3"] in lines
+    assert ["task", "plurals", "50.0", "50.0", "33.3", "1"] in lines
+    assert not any(line[:1] == ["up_proj"] and len(line) == 5 and line[4] == "3" for line in lines)
 
 
 def test_table_groups_many_layers():
@@ -95,16 +47,40 @@ def test_table_groups_many_layers():
     assert routing_table(trace).splitlines()[7].split()[2:] == ["0-4", "5-9", "10-14", "15-19", "20-24", "25-29"]
 
 
-def test_plot(trace, tmp_path):
+def test_table_of_many_tasks_stays_narrow():
+    names = tuple(f"a-task-with-a-long-name-{number}" for number in range(12))
+    given = inputs([[5]] * 12, tasks=names)
+    text = routing_table(trace_of(step({"q": module([[[0]]] * 12, [[[1.0]]] * 12, given)}), names=["e" * 90, "b"]))
+    assert max(map(len, text.splitlines())) <= LINE_WIDTH
+    assert sum(line.startswith("by task") for line in text.splitlines()) == 4
+    assert all(name in text for name in names) and "e" * 26 + "\u2026" in text
+
+
+def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    plot_routing(trace, tmp_path / "routing.png")
+    plot_routing(two_rows(), tmp_path / "routing.png")
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
-    labels = {"columns": ("expert", ["a", "b"]), "rows": ("task", ["t"])}
+    labels = {"columns": ("expert", ["a", "b"]), "rows": ("task", ["t $x$ {"])}
     draw_heat_map([[0.25, 0.75]], tmp_path / "tasks.svg", title="shares", annotate=True, **labels)
     assert "<svg" in (tmp_path / "tasks.svg").read_text()
 
 
-def test_plot_names_the_extra(trace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["all", "task", "kind", "module"])
+def test_plot_of_groups(by, tmp_path):
+    pytest.importorskip("matplotlib")
+    two_rows(("a", "$ _ $ {")).plot(tmp_path / "routing.png", by=by, own_experts={"$ _ $ {": "c"})
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_to_plot_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"by='task' cannot be drawn.* trace_routing\(tasks="):
+        two_rows().plot(tmp_path / "routing.png", by="task")
+    with pytest.raises(ValueError, match="no forward pass"):
+        trace_of().plot(tmp_path / "routing.png")
+    assert not (tmp_path / "routing.png").exists()
+
+
+def test_plot_names_the_extra(tmp_path, monkeypatch):
     find = builtins.__import__
 
     def without_matplotlib(name, *args, **kwargs):
@@ -114,41 +90,4 @@ def test_plot_names_the_extra(trace, tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(ImportError, match=r"peft-arrow\[viz\]"):
-        plot_routing(trace, tmp_path / "routing.png")
-
-
-def test_html_escapes_tokens_and_leaves_out_padding(trace, tmp_path):
-    routing_html(trace, tmp_path / "page.html", Tokenizer(), labels=["plurals & co"])
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<span class='t ") == 3
-    assert "&lt;b&gt;" in page and "<b>" not in page
-    assert " &amp; more\u21b5" in page
-    assert "plurals &amp; co" in page and "call 1, row 2" in page
-    assert "layer 0: a 0.75, b 0.25&#10;layer 1: c 1.00" in page
-    assert "src=" not in page and "http" not in page
-    assert 'const names = ["all", "0", "1"];' in page
-
-
-def test_html_without_tokenizer_shows_ids(trace, tmp_path):
-    routing_html(trace, tmp_path / "page.html")
-    assert ">[5]</span>" in (tmp_path / "page.html").read_text()
-
-
-def test_html_continues_a_row_with_its_decoding_steps(tmp_path):
-    prompt, decoded = module([[[0], [1]]], [[[1.0], [1.0]]]), module([[[2]]], [[[1.0]]])
-    steps = [
-        step({"model.layers.0.q": prompt}, [[1, 1]], [[5, 6]]),
-        step({"model.layers.0.q": decoded}, [[1, 1, 1]], [[7]]),
-        step({"model.layers.0.q": prompt}, [[1, 1]], [[5, 6]]),
-    ]
-    routing_html(trace_of(*steps), tmp_path / "page.html", Tokenizer())
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("<h2>") == 2
-    first, second = page.split("<h2>")[1:]
-    assert [part.split("'")[0] for part in first.split("data-e='")[1:]] == ["0 0", "1 1", "2 2"]
-    assert second.count("data-e=") == 2
-
-
-def test_html_of_inputs_without_a_batch(tmp_path):
-    routing_html(trace_of(step({"0.q": module([[0], [1]], [[1.0], [1.0]])})), tmp_path / "page.html")
-    assert ">[1]</span>" in (tmp_path / "page.html").read_text()
+        plot_routing(two_rows(), tmp_path / "routing.png")
