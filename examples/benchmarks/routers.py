@@ -1,8 +1,8 @@
 """Every router on a library of task experts: the judge's table, and how often each picks the task's own expert.
 
-    accelerate launch examples/benchmarks/routers.py tasks/*.jsonl --output judged --train-only   # divided over processes
-    python examples/benchmarks/routers.py tasks/*.jsonl --output judged                           # an hour on two cores
-    python examples/benchmarks/routers.py tasks/*.jsonl --output judged --methods phatgoose       # some of them first
+    accelerate launch examples/benchmarks/routers.py tasks/*.jsonl --output judged --train-only   # several processes
+    python examples/benchmarks/routers.py tasks/*.jsonl --output judged                           # an hour, two cores
+    python examples/benchmarks/routers.py tasks/*.jsonl --output judged --methods arrow spectr    # some of them first
     python examples/benchmarks/routers.py --smoke                                                 # a pico base
 
 Each file is a task: rows of `instruction`, `input` and `output`, with a `split` of "train" or "eval" and perhaps
@@ -90,7 +90,7 @@ def pick_rates(
 ) -> dict[str, dict[str, Any]]:
     """How often the expert with the largest weight is the task's own, over tokens and modules, with prompts alone."""
     model = ArrowLoraModel.from_pretrained(base, library, top_k=args.top_k)
-    found = {}
+    told = {}
     for name, method in methods.items():
         options = dict(method) if isinstance(method, dict) else {"router": method}
         router, is_calibrated = options.pop("router"), options.pop("calibrated", False)
@@ -103,22 +103,18 @@ def pick_rates(
             model.calibrate_router()
         prepared = time.perf_counter() - start
         rates = {}
-        for place, path in enumerate(args.files):
-            hits = total = 0.0
-            for row in read_split(path, "eval")[: args.traced]:
-                asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
-                with model.trace_routing() as trace:
+        with model.trace_routing() as trace:
+            for path in args.files:
+                trace.tasks = [path.stem]
+                for row in read_split(path, "eval")[: args.traced]:
+                    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
                     model(**tokenizer(asked, return_tensors="pt"))
-                for module in trace.values():
-                    best = module.top_k_weights.argmax(-1, keepdim=True)
-                    hits += float((module.top_k_index.gather(-1, best) == place).sum())
-                    total += best.numel()
-            rates[path.stem] = round(hits / total, 4)
+        rates = {task: round(found.top, 4) for task, found in trace.agreement(by="task").items()}
         mean = round(sum(rates.values()) / len(rates), 4)
-        found[name] = {"mean": mean, "tasks": rates, "prepared_seconds": round(prepared, 1)}
+        told[name] = {"mean": mean, "tasks": rates, "prepared_seconds": round(prepared, 1)}
         print(f"{name:<28}{mean:.3f}   (chance {1 / len(library):.3f})   prepared in {prepared:.1f} s", flush=True)
     model.unload()
-    return found
+    return told
 
 
 def fit_data_needed() -> list[str]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..tuner.trace import RoutingTrace
-from ..tuner.trace_report import routing_shares
 
 
 LayerShares = Mapping[str, Sequence[float]]
@@ -14,7 +13,7 @@ LayerShares = Mapping[str, Sequence[float]]
 
 def layer_shares(trace: RoutingTrace) -> dict[str, list[float]]:
     """Layer -> share of the routing weight of each expert, and last of the base where it is a candidate; sum 1."""
-    found = routing_shares(trace)
+    found = trace.shares()
     width = max(map(len, found.values()))
     return {
         layer: [round(share, 5) for share in shares] + [0.0] * (width - len(shares)) for layer, shares in found.items()
