@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from peft_arrow import AdapterLibrary, ArrowLoraModel, MBCClusterer, train_library
+from peft_arrow.evaluation.statistics import paired_difference
 from peft_arrow.quickstart.base import load_base, silence_known_warnings
 
 
@@ -162,20 +162,6 @@ def draw_clusters(bench: Bench, seed: int) -> None:
     (bench.root / f"clusters-{seed}.json").write_text(json.dumps(told, indent=1))
 
 
-def difference(ours: Losses, other: Losses, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean over tasks of the row losses of ours minus the other's, with a 95 % bootstrap over rows, paired."""
-    gaps = [[a - b for a, b in zip(ours[task], other[task], strict=True)] for task in ours]
-    rng = random.Random(0)
-    means = sorted(
-        statistics.fmean(statistics.fmean(rng.choices(rows, k=len(rows))) for rows in gaps) for _ in range(draws)
-    )
-    return (
-        statistics.fmean(statistics.fmean(rows) for rows in gaps),
-        means[round(0.025 * draws)],
-        means[round(0.975 * draws) - 1],
-    )
-
-
 def task_means(losses: Losses) -> dict[str, float]:
     return {task: statistics.fmean(rows) for task, rows in losses.items()}
 
@@ -207,8 +193,8 @@ def report(bench: Bench) -> str:
     lines += ["| **mean** | " + " | ".join(means) + " |", ""]
     for name, several in runs.items():
         if "mbc" in runs and name != "mbc":
-            center, low, high = difference(averaged(runs["mbc"]), averaged(several))
-            lines.append(f"mbc minus {name}: {center:+.3f} [{low:+.3f}, {high:+.3f}]")
+            gap = paired_difference(averaged(runs["mbc"]), averaged(several))
+            lines.append(f"mbc minus {name}: {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]")
     return "\n".join([*lines, "", *told_of_clusters(bench)])
 
 

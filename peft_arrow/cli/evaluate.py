@@ -60,8 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate with parsed arguments."""
     from ..evaluation.command import evaluate_files
+    from ..evaluation.pictures import new_figure
 
     silence_known_warnings()
+    new_figure(1, 1)  # a package that is missing for the picture is told now, and not after the work
     report = evaluate_files(
         arguments.libraries,
         arguments.tasks,

@@ -58,6 +58,7 @@ class RoutedLibrary:
 
     def pinned(self, experts: Any) -> Around:
         """Every token goes to these experts while what this returns is open; as an entry of `pin_experts`."""
+        self._aggregate("output", "pinned experts")
         return lambda rows: self.model.pin_experts([experts] * rows)
 
     def use(
@@ -68,7 +69,7 @@ class RoutedLibrary:
         Raises:
             ValueError: the method needs equal ranks, or an option that its router does not have.
         """
-        self._aggregate(method)
+        self._aggregate(method.aggregation, f"method {method.name!r}")
         if method.needs_data and method.router not in self.fitted:
             self.model.fit_router(method.router, fit_data, tokenizer=tokenizer)
             self.fitted.add(method.router)
@@ -77,16 +78,16 @@ class RoutedLibrary:
         if options["calibrated"]:
             self.model.calibrate_router()
 
-    def _aggregate(self, method: Method) -> None:
+    def _aggregate(self, aggregation: str, who: str) -> None:
         adapter = self.model.base_model.active_arrow_adapter()
         for name, layer in self.model.base_model.routed_layers().items():
             ranks = sorted(set(layer.experts[adapter].ranks))
-            if method.aggregation == "parameter" and len(ranks) > 1:
+            if aggregation == "parameter" and len(ranks) > 1:
                 raise ValueError(
-                    f"method {method.name!r} averages A and B, so it needs one rank a module; the experts of "
+                    f"{who} averages A and B, so it needs one rank a module; the experts of "
                     f"{name} have the ranks {ranks}."
                 )
-            layer.aggregations[adapter] = method.aggregation
+            layer.aggregations[adapter] = aggregation
 
 
 def resolved_options(method: Method, seed: int | None, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class LibraryJudge:
         if method.kind == "base":
             return routed.model, routed.base
         if experts is not None:
+            self.in_use = None
             return routed.model, routed.pinned(experts)
         if self.in_use != (method.name, seed):
             routed.use(method, seed, self.plan.fit_data, self.session.tokenizer)

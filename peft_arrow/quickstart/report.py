@@ -1,11 +1,11 @@
 """What the quickstart tells: clusters, tables in text and Markdown, answers, files, and what to do next."""
 
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluation.statistics import paired_difference
 from ..library.manifest import Evaluation
 from .base import BASE_ID
 from .settings import LIBRARY, WORK
@@ -85,15 +85,9 @@ def markdown_table(title: str, cells: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"### {title}", "", lines[0], align, *lines[1:]])
 
 
-def paired_difference(ours: Mapping[str, Mapping], other: Mapping[str, Mapping], draws: int = 2000) -> tuple:
-    """Mean over tasks of the per-row loss of `ours` minus `other`, with a 95 % bootstrap interval over rows."""
-    gaps = [[a - b for a, b in zip(ours[task]["row_losses"], other[task]["row_losses"], strict=True)] for task in ours]
-    rng = random.Random(0)
-    means = sorted(
-        statistics.fmean(statistics.fmean(rng.choices(rows, k=len(rows))) for rows in gaps) for _ in range(draws)
-    )
-    center = statistics.fmean(statistics.fmean(rows) for rows in gaps)
-    return center, means[round(0.025 * draws)], means[round(0.975 * draws) - 1]
+def row_losses(scores: Mapping[str, Mapping]) -> dict[str, list[float]]:
+    """Task -> the loss of each row."""
+    return {task: score["row_losses"] for task, score in scores.items()}
 
 
 def comparison_lines(methods: Scores) -> list[str]:
@@ -103,8 +97,8 @@ def comparison_lines(methods: Scores) -> list[str]:
     ]
     for name, scores in methods.items():
         if name != "arrow":
-            center, low, high = paired_difference(methods["arrow"], scores)
-            lines.append(f"  {name:<13} {center:+.3f}  [{low:+.3f}, {high:+.3f}]")
+            gap = paired_difference(row_losses(methods["arrow"]), row_losses(scores))
+            lines.append(f"  {name:<13} {gap.mean:+.3f}  [{gap.low:+.3f}, {gap.high:+.3f}]")
     return lines
 
 
