@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..tuner.trace_report import new_figure
+from ..tuner.trace_pictures import new_figure
 from .measures import MEASURES, measure_of
 from .statistics import task_mean
 
