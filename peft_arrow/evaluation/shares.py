@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 from ..tuner.trace import RoutingTrace
 
@@ -13,11 +14,7 @@ LayerShares = Mapping[str, Sequence[float]]
 
 def layer_shares(trace: RoutingTrace) -> dict[str, list[float]]:
     """Layer -> share of the routing weight of each expert, and last of the base where it is a candidate; sum 1."""
-    found = trace.shares()
-    width = max(map(len, found.values()))
-    return {
-        layer: [round(share, 5) for share in shares] + [0.0] * (width - len(shares)) for layer, shares in found.items()
-    }
+    return {layer: [round(share, 5) for share in shares] for layer, shares in trace.shares("layer").items()}
 
 
 def overall(shares: LayerShares) -> list[float]:
@@ -27,7 +24,7 @@ def overall(shares: LayerShares) -> list[float]:
 
 def mean_shares(tasks: Sequence[LayerShares]) -> list[float]:
     """Each expert's share over tasks, each task with the same weight."""
-    return [math.fsum(column) / len(tasks) for column in zip(*map(overall, tasks), strict=True)]
+    return [math.fsum(column) / len(tasks) for column in zip_longest(*map(overall, tasks), fillvalue=0.0)]
 
 
 def largest_change(tasks: Sequence[LayerShares]) -> float:
@@ -36,7 +33,7 @@ def largest_change(tasks: Sequence[LayerShares]) -> float:
     for number, ours in enumerate(tasks):
         for other in tasks[number + 1 :]:
             for layer in ours:
-                moved = math.fsum(abs(a - b) for a, b in zip(ours[layer], other[layer], strict=True)) / 2
+                moved = math.fsum(abs(a - b) for a, b in zip_longest(ours[layer], other[layer], fillvalue=0.0)) / 2
                 largest = max(largest, moved)
     return largest
 
