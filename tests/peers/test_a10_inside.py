@@ -167,7 +167,9 @@ def test_public_functions_are_documented():
         "trace_routing",
     ):
         assert len(getattr(ArrowLoraModel, name).__doc__) > 40
-    assert all(router.__doc__ and router.paper.startswith("https://") for router in ROUTERS.values())
+    ours = ("random", "pinned")  # a control, and the caller's own choice: no paper's rules
+    assert all(router.__doc__ for router in ROUTERS.values())
+    assert all(ROUTERS[name].paper.startswith("https://") for name in ROUTERS if name not in ours)
     assert peft_arrow.ArrowLoraModel is ArrowLoraModel
 
 
