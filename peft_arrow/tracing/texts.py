@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-COLUMNS = ("prompt", "text", "messages")
+COLUMNS = ("prompt", "messages", "instruction", "text")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def read_texts(texts: Sequence[str] | None = None, file: str | None = None, prom
         texts (`Sequence[str]`, *optional*): texts as they are.
         file (`str`, *optional*): a file with one text.
         prompts (`str`, *optional*):
-            a file with a JSON object a line: `prompt`, `text` or `messages`, and `task` where it is known.
+            a file with a JSON object a line: `prompt`, `messages`, `instruction` (with or without `input`) or `text`,
+            and `task` where it is known. Completions and outputs are left out.
 
     Raises:
         ValueError: none or several sources, or a file or line that holds no text.
@@ -108,6 +109,8 @@ def _row(row: Any, source: str) -> Text:
     if column is None:
         raise ValueError(f"{source} has none of the keys {', '.join(COLUMNS)}.")
     content, task = row[column], row.get("task")
+    if column == "instruction" and isinstance(content, str):  # in the form in which experts are trained on it
+        content = "\n\n".join(part for part in (content, row.get("input")) if part) + "\n"
     is_chat = isinstance(content, list) and bool(content) and all(map(_is_message, content))
     if not (is_chat or (isinstance(content, str) and column != "messages")):
         wanted = "a chat: objects with role and content" if column == "messages" else "a text or a chat"

@@ -99,14 +99,16 @@ def draw_heat_map(
     Raises:
         ImportError: matplotlib is missing; the message names the extra.
     """
-    height, width = 1.8 + 0.24 * len(rows[1]), 3.2 + (0.55 if annotate else 0.42) * len(columns[1])
+    labels = 0.08 * max(0, max(map(len, rows[1])) - 12)
+    height, width = 1.8 + 0.24 * len(rows[1]), 3.2 + (0.55 if annotate else 0.42) * len(columns[1]) + labels
     figure = new_figure(max(width, 5.0) + (1.8 if line is not None else 0.0), max(height, 3.0))
     beside = {"ncols": 2, "sharey": True, "width_ratios": [max(width, 5.0), 1.6]} if line is not None else {}
     drawn = figure.subplots(**beside)
     axes, plain = drawn if line is not None else (drawn, None)
     top = max(max(row) for row in values) or 1.0
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    _label(axes, title, columns, rows)
+    figure.suptitle(title, wrap=True)
+    _label(axes, columns, rows)
     if annotate:
         _write_shares(axes, values, top)
     _frame(axes, framed)
@@ -119,8 +121,7 @@ def draw_heat_map(
     figure.savefig(Path(path), dpi=130)
 
 
-def _label(axes: Any, title: str, columns: tuple[str, Sequence[str]], rows: tuple[str, Sequence[str]]) -> None:
-    axes.set_title(title, wrap=True)
+def _label(axes: Any, columns: tuple[str, Sequence[str]], rows: tuple[str, Sequence[str]]) -> None:
     axes.set_xlabel(columns[0])
     axes.set_ylabel(rows[0])
     # A dollar sign in a task's name is no formula.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .trace_stats import Sums, all_sums, grouped, grouping, span_of_layers
@@ -11,7 +11,8 @@ from .trace_stats import Sums, all_sums, grouped, grouping, span_of_layers
 if TYPE_CHECKING:
     from .trace import RoutingTrace
 
-NAME_WIDTH = 28
+# Of the first column, which is as wide as its longest name.
+NARROWEST, WIDEST = 28, 48
 LINE_WIDTH = 118
 
 
@@ -30,73 +31,67 @@ def routing_table(trace: RoutingTrace, own_experts: Mapping[str, str] | None = N
         "by layer": grouped(sums, lambda task, module: spans[module]),
         "by task": grouped(sums, grouping("task")),
     }
+    prefix = {"by layer": "layer ", "by task": "task "}
+    named = {prefix.get(title, "") + name: one for title, found in groups.items() for name, one in found.items()}
+    width = min(WIDEST, max(NARROWEST, *(len(name) + 2 for name in (*named, *trace.expert_names))))
     lines = ["Share of the routing weight in percent, padding left out."]
     for title, columns in groups.items():
-        lines += _shares(title, trace.expert_names, columns)
-    lines += ["", *_entropies(groups), *_agreements(groups)]
-    return "\n".join(lines)
+        lines += _shares(title, trace.expert_names, columns, width)
+    return "\n".join([*lines, "", *_entropies(named, width), *_agreements(named, width)])
 
 
-def _shares(title: str, experts: Sequence[str], columns: Mapping[str, Sums]) -> list[str]:
+def _shares(title: str, experts: Sequence[str], columns: Mapping[str, Sums], width: int) -> list[str]:
     """Experts down, groups across; groups that do not fit beside the others follow below."""
     lines, waiting = [], {name: (max(6, len(name) + 1), sums.shares()) for name, sums in columns.items()}
     while waiting:
-        taken, width = {}, NAME_WIDTH
+        taken, used = {}, width
         for name, (needed, _) in waiting.items():
-            if taken and width + needed > LINE_WIDTH:
+            if taken and used + needed > LINE_WIDTH:
                 break
             taken[name] = waiting[name]
-            width += needed
+            used += needed
         waiting = {name: column for name, column in waiting.items() if name not in taken}
-        head = "".join(name.rjust(needed) for name, (needed, _) in taken.items())
-        lines += ["", title.ljust(NAME_WIDTH) + head]
+        lines += ["", _line(title, ((name, needed) for name, (needed, _) in taken.items()), width)]
         for position, expert in enumerate(experts):
-            cells = (f"{100 * shares[position]:.1f}".rjust(needed) for needed, shares in taken.values())
-            lines.append(_name(expert) + "".join(cells))
+            cells = ((f"{100 * shares[position]:.1f}", needed) for needed, shares in taken.values())
+            lines.append(_line(expert, cells, width))
     return lines
 
 
-def _entropies(groups: Mapping[str, Mapping[str, Sums]]) -> list[str]:
+def _entropies(named: Mapping[str, Sums], width: int) -> list[str]:
     lines = [
         "Entropy H = -sum w ln w in nats, and exp(H), the number of experts with equal weights that has this entropy:",
         "of a token's weights (mean over tokens and modules), and of the shares (which experts are in use at all).",
         "",
-        "".ljust(NAME_WIDTH)
-        + "H of a token".rjust(14)
-        + "experts".rjust(9)
-        + "H of shares".rjust(14)
-        + "experts".rjust(9),
+        _line("", zip(("H of a token", "experts", "H of shares", "experts"), (14, 9, 14, 9)), width),
     ]
-    for name, sums in _all_of(groups):
+    for name, sums in named.items():
         found = sums.measure()
-        first = f"{found.nats:14.3f}{found.experts:9.2f}"
-        lines.append(f"{_name(name)}{first}{found.of_shares:14.3f}{found.experts_in_use:9.2f}")
+        values = (found.nats, found.experts, found.of_shares, found.experts_in_use)
+        cells = zip((f"{value:.{digits}f}" for value, digits in zip(values, (3, 2, 3, 2))), (14, 9, 14, 9))
+        lines.append(_line(name, cells, width))
     return lines
 
 
-def _agreements(groups: Mapping[str, Mapping[str, Sums]]) -> list[str]:
-    rows = [(name, sums.compare()) for name, sums in _all_of(groups) if sums.own_tokens]
+def _agreements(named: Mapping[str, Sums], width: int) -> list[str]:
+    rows = [(name, sums.compare()) for name, sums in named.items() if sums.own_tokens]
     if not rows:
         return []
-    head = "".ljust(NAME_WIDTH) + "top expert".rjust(14) + "weight".rjust(9) + "chance".rjust(9) + "tokens".rjust(9)
     lines = [
         "",
         "Agreement with the oracle, which sends a token to its own task's expert, in percent: the tokens whose top",
-        "expert it is, the weight on it, and what both are by chance. Modules without this expert are left out.",
+        "expert it is, the weight on it, and what both are by chance. A token counts once a module; modules that do",
+        "not have this expert are left out.",
         "",
-        head,
+        _line("", zip(("top expert", "weight", "chance", "counted"), (14, 9, 9, 10)), width),
     ]
     for name, found in rows:
-        cells = f"{100 * found.top:14.1f}{100 * found.weight:9.1f}{100 * found.chance:9.1f}{found.tokens:9d}"
-        lines.append(_name(name) + cells)
+        shown = (*(f"{100 * share:.1f}" for share in (found.top, found.weight, found.chance)), str(found.tokens))
+        lines.append(_line(name, zip(shown, (14, 9, 9, 10)), width))
     return lines
 
 
-def _all_of(groups: Mapping[str, Mapping[str, Sums]]) -> list[tuple[str, Sums]]:
-    """Each group as a line: "all", kinds, "layer 0-4", "task dates"."""
-    prefix = {"by layer": "layer ", "by task": "task "}
-    return [(prefix.get(title, "") + name, sums) for title, found in groups.items() for name, sums in found.items()]
-
-
-def _name(name: str) -> str:
-    return (name if len(name) < NAME_WIDTH else f"{name[: NAME_WIDTH - 2]}\u2026").ljust(NAME_WIDTH)
+def _line(name: str, cells: Iterable[tuple[str, int]], width: int) -> str:
+    """A name in `width` columns, and cells to the right in theirs."""
+    shown = name if len(name) < width else f"{name[: width - 2]}\u2026"
+    return shown.ljust(width) + "".join(text.rjust(needed) for text, needed in cells)

@@ -106,7 +106,7 @@ def test_a_router_that_needs_data(folder, capsys):
         (["library", "--text", "x" * 250, "--max-new-tokens", "9"], "has 259 tokens"),
         (["library", "--prompts", "empty.jsonl"], "'empty.jsonl' has no rows"),
         (["library", "--prompts", "broken.jsonl"], "line 2 of 'broken.jsonl' is no JSON"),
-        (["library", "--prompts", "other.jsonl"], "has none of the keys prompt, text, messages"),
+        (["library", "--prompts", "other.jsonl"], "has none of the keys prompt, messages, instruction, text"),
         (["library", "--prompts", "number.jsonl"], "'prompt' is '3'; it must be a text or a chat"),
         (["library", "--prompts", "task.jsonl"], "'task' is 3; it must be a name"),
         (["library", "--file", "binary"], "'binary' is no UTF-8 text"),
@@ -175,6 +175,13 @@ def test_sources_of_texts(tmp_path):
     with pytest.raises(ValueError, match="text and file given"):
         read_texts(["a"], "b")
     assert read_texts(["a", "b"])[1] == Text("b", None, "text 2")
+
+
+def test_rows_of_instructions(tmp_path):
+    """As `train` writes them for its experts; the output is not told."""
+    rows = [{"instruction": "Add.", "input": "1 1", "output": "2"}, {"instruction": "Go.", "input": "", "output": "3"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [text.content for text in read_texts(prompts=str(tmp_path / "rows.jsonl"))] == ["Add.\n\n1 1\n", "Go.\n"]
 
 
 def test_a_chat_needs_a_template(base, tokenizer, adapter_folders):

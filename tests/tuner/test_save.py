@@ -175,6 +175,18 @@ def test_golden_checkpoint_of_format_1(ids):
     assert float((logits_of(model, ids) - expected).abs().max()) < 1e-5
 
 
+def test_golden_checkpoint_of_format_2(ids):
+    """With options, calibration, and what two routers learnt: the logits that it had when it was written."""
+    model = PeftModel.from_pretrained(pico_base(), GOLDEN / "format-2").eval()
+    expected = load_file(GOLDEN / "format-2" / "expected.safetensors")
+    assert model.active_peft_config.router == "spectr" and model.active_peft_config.calibrated
+    assert float((logits_of(model, ids) - expected["spectr"]).abs().max()) < 1e-5
+    model.set_router("centroid", calibrated=False, top_p=None, null_expert=None, masked_experts=None, tied=False)
+    assert float((logits_of(model, ids) - expected["centroid"]).abs().max()) < 1e-5
+    model.set_router("task_predictor", granularity="sequence")
+    assert float((logits_of(model, ids) - expected["task_predictor"]).abs().max()) < 1e-5
+
+
 def test_newer_format_is_refused(tmp_path, routed):
     """A format that this version does not know is named, with what to do."""
     routed.save_pretrained(tmp_path)

@@ -52,8 +52,8 @@ def test_table_of_many_tasks_stays_narrow():
     given = inputs([[5]] * 12, tasks=names)
     text = routing_table(trace_of(step({"q": module([[[0]]] * 12, [[[1.0]]] * 12, given)}), names=["e" * 90, "b"]))
     assert max(map(len, text.splitlines())) <= LINE_WIDTH
-    assert sum(line.startswith("by task") for line in text.splitlines()) == 4
-    assert all(name in text for name in names) and "e" * 26 + "\u2026" in text
+    assert sum(line.startswith("by task") for line in text.splitlines()) == 6
+    assert all(name in text for name in names) and "e" * 46 + "\u2026" in text
 
 
 def test_plot(tmp_path):
