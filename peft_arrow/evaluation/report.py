@@ -12,12 +12,12 @@ from typing import Any
 
 from ..library.manifest import Evaluation
 from . import findings, pictures, tables
-from .measures import MEASURES, measure_of
+from .measures import MEASURES
+from .methods import SPECIAL
 from .statistics import DRAWS, Difference, mean_of_runs, mean_over_tasks, paired_difference, spread_over_seeds
 
 
 FORMAT = 1
-REFERENCES = ("base", "uniform")
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,6 @@ class EvaluationReport:
                 if value is not None:
                     tasks = len(method.values(key))
                     dataset = f"mean over {tasks} tasks" if tasks > 1 else next(iter(method.values(key)))
-                    told = method.record["told"]
-                    found.append(
-                        Evaluation(dataset, measure_of(key).key, round(value, 4), split="held-out", method=told)
-                    )
+                    told = method.record["told"] if method.kind in SPECIAL else name.rpartition("/")[2]
+                    found.append(Evaluation(dataset, key, round(value, 4), split="held-out", method=told))
         return found

@@ -142,9 +142,13 @@ def legend(report: EvaluationReport) -> list[str]:
 def header(report: EvaluationReport) -> list[str]:
     """What was judged."""
     data = report.data
-    lines = [f"Base: {data['base']['name']}"]
+    few = [task["selection_rows"] for task in data["tasks"].values() if task["selection_rows"]]
+    chosen = f"chosen on {sum(few)} rows for selection of {len(few)} tasks"
+    lines = [
+        f"Base: {data['base']['name']}; judged in {data['seconds']:.0f} s, without what was kept of earlier calls"
+    ]
     for label, library in data["libraries"].items():
-        best = f"; best single expert: {library['best_single']!r}" if library["best_single"] else ""
+        best = f"; best single expert: {library['best_single']!r}, {chosen}" if library["best_single"] else ""
         lines.append(f"Library{f' {label}' if label else ''}: {len(library['experts'])} experts{best}")
     return [*lines, *data["notes"]]
 

@@ -80,6 +80,18 @@ def test_around_is_open_for_each_batch(base, tokenizer, adapter_folders):
     assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-4) and sorted(sizes) == [1, 3, 3]
 
 
+@torch.no_grad()
+def test_options_have_no_say_where_the_prompt_decides(base, tokenizer, adapter_folders):
+    """With one choice a request, the first token after the prompt is what the prompt alone makes it."""
+    model = ArrowLoraModel.from_pretrained(base, adapter_folders, top_k=1, granularity="sequence")
+    prompt = "one of many:"
+    logits = model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
+    expected = torch.log_softmax(logits, -1)[tokenizer.convert_tokens_to_ids("u")].item()
+    for others in ([], ["zzzzzzzzzzzzzzzz", "Q"]):
+        score = score_options(model, tokenizer, [{"prompt": prompt, "options": ["u", *others]}])[0][0]
+        assert score.answer_loglik == pytest.approx(expected, abs=1e-4)
+
+
 def bpe_tokenizer():
     """Merges ' a' and '\\na' into one token."""
     characters = ["<eos>", "x", ":", " ", "\n", "a", "b"]
