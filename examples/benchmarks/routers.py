@@ -87,11 +87,18 @@ def pick_rates(
     library: AdapterLibrary,
     methods: Mapping[str, Any],
     fit_data: Mapping[str, list],
-) -> dict[str, dict[str, Any]]:
-    """How often the expert with the largest weight is the task's own, over tokens and modules, with prompts alone."""
+    file: Path,
+) -> None:
+    """How often the expert with the largest weight is the task's own, over tokens and modules, with prompts alone.
+
+    Prints each, and keeps it in `file`; what is there is not measured again.
+    """
     model = ArrowLoraModel.from_pretrained(base, library, top_k=args.top_k)
-    told = {}
     for name, method in methods.items():
+        known = json.loads(file.read_text()) if file.exists() else {}
+        if name in known:
+            print(f"{name:<28}{known[name]['mean']:.3f}")
+            continue
         options = dict(method) if isinstance(method, dict) else {"router": method}
         router, is_calibrated = options.pop("router"), options.pop("calibrated", False)
         start = time.perf_counter()
@@ -111,10 +118,10 @@ def pick_rates(
                     model(**tokenizer(asked, return_tensors="pt"))
         rates = {task: round(found.top, 4) for task, found in trace.agreement(by="task").items()}
         mean = round(sum(rates.values()) / len(rates), 4)
-        told[name] = {"mean": mean, "tasks": rates, "prepared_seconds": round(prepared, 1)}
+        known[name] = {"mean": mean, "tasks": rates, "prepared_seconds": round(prepared, 1)}
+        file.write_text(json.dumps(known, indent=1))
         print(f"{name:<28}{mean:.3f}   (chance {1 / len(library):.3f})   prepared in {prepared:.1f} s", flush=True)
     model.unload()
-    return told
 
 
 def fit_data_needed() -> list[str]:
@@ -150,6 +157,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=20, help="eval rows a task (default: %(default)s)")
     parser.add_argument("--traced", type=int, default=4, help="prompts a task for the rates (default: %(default)s)")
+    parser.add_argument(
+        "--fit-rows", type=int, default=32, help="train rows a task to fit with (default: %(default)s)"
+    )
     parser.add_argument("--top-k", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="default: all")
@@ -181,13 +191,11 @@ def run(args: argparse.Namespace, root: Path) -> None:
     if args.train_only:
         return
     base.requires_grad_(False)
-    fit_data = {path.stem: read_split(path, "train") for path in args.files}
+    fit_data = {path.stem: read_split(path, "train")[: args.fit_rows] for path in args.files}
     methods = {name: METHODS[name] for name in args.methods}
     if args.rates:
         routed = {name: method for name, method in methods.items() if name not in NOT_ROUTED}
-        rates = pick_rates(args, base, tokenizer, library, routed, fit_data)
-        known = json.loads((root / "rates.json").read_text()) if (root / "rates.json").exists() else {}
-        (root / "rates.json").write_text(json.dumps({**known, **rates}, indent=1))
+        pick_rates(args, base, tokenizer, library, routed, fit_data, root / "rates.json")
     if args.judge:
         named = [method if isinstance(method, str) else {**method, "name": name} for name, method in methods.items()]
         report = evaluate_library(
