@@ -16,7 +16,8 @@ from .tasks import Row, Task
 
 
 PLAIN = ("base", "best_single", "single", "own_cluster", "own_private")
-PRIVATE = "arrow_private"
+PRIVATE = ("arrow_private", "private_calibrated")
+CALIBRATED = ("arrow_calibrated", "private_calibrated")
 SELECTION_ROWS = 4
 Loaded = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -31,7 +32,7 @@ class JudgeSettings:
 
     def routed(self) -> list[str]:
         """The methods that need the routed model of the library."""
-        return ["uniform", *(f"random-{seed}" for seed in range(self.seeds)), "arrow"]
+        return ["uniform", *(f"random-{seed}" for seed in range(self.seeds)), "arrow", "arrow_calibrated"]
 
 
 class Results:
@@ -71,7 +72,7 @@ def judge_methods(
     """Method -> task -> score, and the name of the best single expert.
 
     The methods are base; uniform, random-0 ..., single and Arrow over the clusters' experts; Arrow over the private
-    adapters; and each task with the expert of its cluster, and with its own private adapter. The best single expert
+    adapters, both also calibrated; and each task with the expert of its cluster, and with its own private adapter. The best single expert
     has the lowest mean loss over the tasks on some rows of their training sets: the held-out rows choose nothing.
 
     Args:
@@ -87,15 +88,23 @@ def judge_methods(
     text = [[row.prompt, row.completion] for rows in (heldout, selection) for name in rows for row in rows[name]]
     folders = trained.experts | trained.private
     fingerprint = files_fingerprint(list(folders.values()), [asdict(settings), base, trained.groups, text])
-    with tqdm(total=len(PLAIN) + len(settings.routed()) + 1, desc="judging", unit="method") as bar:
+    with tqdm(total=len(PLAIN) + len(settings.routed()) + len(PRIVATE), desc="judging", unit="method") as bar:
         results = Results(store, fingerprint, bar)
         if not results.has(*PLAIN):
             _judge_plain(results, PlainJudge(*loaded(), folders), trained, heldout, selection)
         if not results.has(*settings.routed()):
             _judge_routed(results, loaded, str(trained.library), settings.routed(), heldout, settings)
-        if not results.has(PRIVATE):
-            _judge_routed(results, loaded, trained.private, [PRIVATE], heldout, settings)
-    order = ["base", *settings.routed()[:-1], "single", "arrow", PRIVATE, "own_cluster", "own_private"]
+        if not results.has(*PRIVATE):
+            _judge_routed(results, loaded, trained.private, PRIVATE, heldout, settings)
+    order = [
+        "base",
+        *settings.routed()[:-2],
+        "single",
+        *settings.routed()[-2:],
+        *PRIVATE,
+        "own_cluster",
+        "own_private",
+    ]
     return {method: results.values[method] for method in order}, results.values["best_single"]
 
 
@@ -132,6 +141,8 @@ def _judge_routed(
             model.set_router("random", top_k=settings.top_k, seed=int(method.removeprefix("random-")))
         else:
             model.set_router("uniform" if method == "uniform" else "arrow", top_k=settings.top_k)
+        if method in CALIBRATED and not results.has(method):
+            model.calibrate_router()
         results.fill(method, lambda: _scores(lambda task, rows: judge_rows(model, tokenizer, rows), heldout))
     model.unload()
 

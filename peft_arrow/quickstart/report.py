@@ -120,7 +120,9 @@ def explanation(result: Mapping) -> list[str]:
         f"single: {result['best_single']!r} for everything, the cluster's expert with the lowest mean loss on "
         "training rows of all tasks.",
         f"arrow: Arrow routing between the clusters' experts, top_k={top_k}. This is the library that was saved.",
+        "arrow_calibrated: the same, with scores standardised by what the base model writes (calibrate_router).",
         f"arrow_private: Arrow routing between the private adapters ({tasks}), top_k={top_k}.",
+        "private_calibrated: the same, calibrated.",
         "own_cluster: each task with the expert of its cluster (oracle: it is told the task).",
         "own_private: each task with its own private adapter (oracle).",
     ]
@@ -181,7 +183,9 @@ CARD_METHODS = {
     "base": "base model without adapters",
     "random": "random routing",
     "single": "best single expert",
+    "arrow_calibrated": "arrow, calibrated",
     "arrow_private": "arrow over the private adapters",
+    "private_calibrated": "arrow over the private adapters, calibrated",
     "own_cluster": "each task with its own expert (oracle)",
     "own_private": "each task with its private adapter (oracle)",
 }

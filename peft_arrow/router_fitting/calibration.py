@@ -53,7 +53,7 @@ def calibrate(
         sums[name] += torch.stack([finite.double().sum(0), values.sum(0), values.square().sum(0)])
 
     with model.bare(), reading_inputs(layers, read_nothing := _Gate(read)):
-        for start in tqdm(range(0, sequences, batch_size), desc="calibrating", unit="batch"):
+        for start in tqdm(range(0, sequences, batch_size), desc="calibrating", unit="batch", leave=False):
             ids = _written(model.model, min(batch_size, sequences - start), length, seed + start)
             read_nothing.is_open = True
             model.model(input_ids=ids)

@@ -106,8 +106,8 @@ def test_judge_methods_is_not_repeated(tmp_path, base, tokenizer, adapter_folder
     settings = JudgeSettings(heldout=2, top_k=2, seeds=2)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     scores, best = judge_methods(tasks, trained, tmp_path, lambda: (base, tokenizer), settings, None)
-    names = ["base", "uniform", "random-0", "random-1", "single", "arrow", "arrow_private", "own_cluster"]
-    assert list(scores) == [*names, "own_private"] and best in experts
+    names = ["base", "uniform", "random-0", "random-1", "single", "arrow", "arrow_calibrated", "arrow_private"]
+    assert list(scores) == [*names, "private_calibrated", "own_cluster", "own_private"] and best in experts
     assert scores["own_private"]["spell"] == scores["own_cluster"]["spell"] != scores["own_cluster"]["clock"]
     assert scores["own_private"]["roman"] == scores["own_cluster"]["roman"]
     assert all(scores["single"][task] == scores["own_cluster"][task] for task in groups[best])
@@ -116,6 +116,10 @@ def test_judge_methods_is_not_repeated(tmp_path, base, tokenizer, adapter_folder
         model = ArrowLoraModel.from_pretrained(base, adapters, top_k=2)
         expected = judge_rows(model, tokenizer, tasks[0].heldout_rows(2)).row_losses
         assert scores[method]["roman"]["row_losses"] == pytest.approx(expected, abs=1e-5)
+        model.calibrate_router()
+        expected = judge_rows(model, tokenizer, tasks[0].heldout_rows(2)).row_losses
+        calibrated = "arrow_calibrated" if method == "arrow" else "private_calibrated"
+        assert scores[calibrated]["roman"]["row_losses"] == pytest.approx(expected, abs=1e-5)
         model.unload()
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert judge_methods(tasks, trained, tmp_path, None, settings, None) == (scores, best)
