@@ -72,8 +72,9 @@ def judge_methods(
     """Method -> task -> score, and the name of the best single expert.
 
     The methods are base; uniform, random-0 ..., single and Arrow over the clusters' experts; Arrow over the private
-    adapters, both also calibrated; and each task with the expert of its cluster, and with its own private adapter. The best single expert
-    has the lowest mean loss over the tasks on some rows of their training sets: the held-out rows choose nothing.
+    adapters, both also calibrated; and each task with the expert of its cluster, and with its own private adapter. The
+    best single expert has the lowest mean loss over the tasks on some rows of their training sets: the held-out rows
+    choose nothing.
 
     Args:
         tasks (`Sequence[Task]`): the tasks.

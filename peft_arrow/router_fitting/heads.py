@@ -9,6 +9,8 @@ from torch import nn
 class PromptHead(nn.Module):
     """Scores (B, N) of features (B, F), float32, frozen: weight (x - center) + bias, or cosines with the rows.
 
+    It begins as NaN: nothing is loaded yet.
+
     Args:
         scores, features (`int`): N and F.
         is_cosine (`bool`): whether x - center and the rows are taken at length 1.
@@ -18,7 +20,7 @@ class PromptHead(nn.Module):
         super().__init__()
         self.is_cosine = is_cosine
         for name, shape in (("weight", (scores, features)), ("bias", (scores,)), ("center", (features,))):
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+            self.register_parameter(name, nn.Parameter(torch.full(shape, float("nan")), requires_grad=False))
 
     @torch.no_grad()
     def fill(self, weight: torch.Tensor, bias: torch.Tensor, center: torch.Tensor) -> PromptHead:
@@ -28,7 +30,16 @@ class PromptHead(nn.Module):
         return self
 
     def forward(self, features_BF: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 (B, N)."""
+        """Scores, float32 (B, N).
+
+        Raises:
+            RuntimeError: it was neither filled nor loaded.
+        """
+        if torch.isnan(self.center).any():
+            raise RuntimeError(
+                "what this prompt-level router learnt was not loaded; load the model with PeftModel.from_pretrained "
+                "(transformers' own load_adapter knows the layers alone)."
+            )
         x_BF = features_BF.float() - self.center.float()
         if self.is_cosine:
             x_BF = nn.functional.normalize(x_BF, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,10 +37,10 @@ class LayerInput(Protocol):
 
 @dataclass(frozen=True)
 class Option:
-    """An option of one router: its default and what is allowed (a tuple of choices, or a type)."""
+    """An option of one router: its default, and what is allowed: one of a tuple, or a whole number from the least on."""
 
     default: Any
-    allowed: tuple | type
+    allowed: tuple | int
     meaning: str = ""
 
     def check(self, name: str, value: Any) -> Any:
@@ -47,8 +48,8 @@ class Option:
         if isinstance(self.allowed, tuple):
             if value not in self.allowed:
                 raise ValueError(f"{name}={value!r} is unknown; allowed are {', '.join(map(repr, self.allowed))}.")
-        elif isinstance(value, bool) or not isinstance(value, self.allowed) or value < 0:
-            raise ValueError(f"{name}={value!r} is not allowed; it is a whole number of at least 0.")
+        elif isinstance(value, bool) or not isinstance(value, Integral) or value < self.allowed:
+            raise ValueError(f"{name}={value!r} is not allowed; it is a whole number of at least {self.allowed}.")
         return value
 
 

@@ -21,7 +21,7 @@ class LagRouter(Router):
     paper = "https://arxiv.org/abs/2507.05346"
     summary = "|V_i^T x| (or the activation's length) among the experts that Arrow scores highest"
     options = {
-        "filter_k": Option(20, int, "experts that Arrow keeps"),
+        "filter_k": Option(20, 1, "experts that Arrow keeps"),
         "score": Option("projection", ("projection", "activation"), "what ranks them"),
         "weights": WEIGHTS,
     }
@@ -30,7 +30,7 @@ class LagRouter(Router):
     def score(self, layer: LayerInput) -> torch.Tensor:
         """Router logits, float32 (T, E); -inf for those that Arrow leaves out."""
         logits_TE = layer.norms(self.chosen["score"])
-        filter_k = max(self.chosen["filter_k"], 1)
+        filter_k = self.chosen["filter_k"]
         if filter_k >= layer.num_experts:
             return logits_TE
         index_TK = layer.project().abs().topk(filter_k, dim=-1).indices

@@ -22,7 +22,7 @@ class RandomRouter(Router):
 
     name = "random"
     summary = "a normal random number a token, expert and module"
-    options = {"seed": Option(0, int, "of the random numbers")}
+    options = {"seed": Option(0, 0, "of the random numbers")}
 
     def score(self, layer: LayerInput) -> torch.Tensor:
         """Router logits, float32 (T, E)."""

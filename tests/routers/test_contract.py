@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import subprocess
@@ -165,7 +166,7 @@ REFUSED = [
     ({"router": "centroid"}, "fit_router"),
     ({"router": "task_predictor"}, "fit_router"),
     ({"router": "spectr", "weights": "half"}, "weights='half'"),
-    ({"router": "lag", "filter_k": -1}, "filter_k=-1"),
+    ({"router": "lag", "filter_k": 0}, "filter_k=0 is not allowed; it is a whole number of at least 1"),
     ({"router": "random", "seed": 0.5}, "seed=0.5"),
     ({"top_k": 0}, "top_k=0"),
 ]
@@ -273,6 +274,37 @@ def test_other_bad_calls(model, rows, tokenizer, ids):
         model(ids)
     with pytest.raises(ValueError, match="nothing to calibrate"):
         model.calibrate_router()
+
+
+@pytest.mark.parametrize("name", ["arrow", "centroid", "task_predictor"])
+def test_native_loading_of_transformers(tmp_path, model, name, rows, ids, tokenizer):
+    """`load_adapter` of transformers: one choice a request works; a prompt-level router says what it lacks."""
+    prepared(model, name, rows, tokenizer)
+    if name == "arrow":
+        model.set_router(granularity="sequence")
+    model.save_pretrained(tmp_path)
+    native = pico_base()
+    native.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        if name == "task_predictor":
+            with pytest.raises(RuntimeError, match="was not loaded"):
+                native(ids)
+            return
+        assert torch.equal(native(ids).logits, logits_of(model, ids))
+        steps = [m.generate(ids, max_new_tokens=4, do_sample=False) for m in (native, model)]
+    assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_one_expert_alone(mixed, name, rows, ids, tokenizer):
+    """A library of one: routed is the plain adapter, whatever the router says."""
+    model = ArrowLoraModel.from_pretrained(pico_base(), {"dates": mixed["dates"]})
+    prepared(model, name, {"dates": rows["dates"]}, tokenizer)
+    with torch.no_grad():
+        plain = PeftModel.from_pretrained(pico_base(), mixed["dates"])(ids).logits
+        with model.pin_experts(["dates", "dates"]) if ROUTERS[name].is_pinned else contextlib.nullcontext():
+            routed = model(ids).logits
+    assert float((routed - plain).abs().max()) < 1e-5
 
 
 def test_an_interrupted_fit_loses_nothing(model, rows, tokenizer, ids, monkeypatch):
