@@ -35,7 +35,7 @@ class PromptHead(nn.Module):
         Raises:
             RuntimeError: it was neither filled nor loaded.
         """
-        if torch.isnan(self.center).any():
+        if not torch.compiler.is_compiling() and torch.isnan(self.center).any():
             raise RuntimeError(
                 "what this prompt-level router learnt was not loaded; load the model with PeftModel.from_pretrained "
                 "(transformers' own load_adapter knows the layers alone)."

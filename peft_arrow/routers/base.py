@@ -37,7 +37,7 @@ class LayerInput(Protocol):
 
 @dataclass(frozen=True)
 class Option:
-    """An option of one router: its default, and what is allowed: one of a tuple, or a whole number from the least on."""
+    """An option of one router: its default, and what is allowed: one of a tuple, or a whole number and its least."""
 
     default: Any
     allowed: tuple | int
