@@ -1,12 +1,12 @@
 """`peft-arrow evaluate`."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..quickstart.base import silence_known_warnings
 from .quickstart import at_least_1
+from .router_options import options_of, pair_of
 
 
 SUMMARY = "Judge ways to use a library of experts on tasks, beside controls, and say what to look at."
@@ -31,12 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
+        type=method_of,
         default=["arrow"],
         metavar="METHOD",
         help="routers, with options as arrow:top_k=2,tied=true",
     )
     parser.add_argument(
-        "--oracle", nargs="+", default=[], metavar="TASK=EXPERT", help="a task's own expert (default: of its name)"
+        "--oracle",
+        nargs="+",
+        type=pair_of,
+        default=[],
+        metavar="TASK=EXPERT",
+        help="a task's own expert (default: of its name)",
     )
     parser.add_argument(
         "--fit-data",
@@ -69,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.tasks,
         base=arguments.base,
         fit_files=arguments.fit_data,
-        methods=[method_of(text) for text in arguments.methods],
-        oracle=dict(pair_of(text) for text in arguments.oracle),
+        methods=arguments.methods,
+        oracle=dict(arguments.oracle),
         output_dir=arguments.output,
         base_model_kwargs={"dtype": arguments.dtype},
         overwrite=arguments.overwrite,
@@ -86,31 +92,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def method_of(text: str) -> str | dict[str, Any]:
-    """`arrow` as it is, and `arrow:top_k=2,name=two` as a dict; values are read as JSON where they are JSON.
+    """`arrow` as it is, and `arrow:top_k=2,name=two` as a dict.
 
     Raises:
-        ValueError: an option without a value.
+        argparse.ArgumentTypeError: an option without a value.
     """
     router, _, rest = text.partition(":")
-    if not rest:
-        return router
-    return {"router": router, **{name: _value(value) for name, value in map(pair_of, rest.split(","))}}
-
-
-def pair_of(text: str) -> tuple[str, str]:
-    """`name=value`.
-
-    Raises:
-        ValueError: there is no `=`, or nothing on one side of it.
-    """
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise ValueError(f"{text!r} is not of the form name=value.")
-    return name, value
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+    return {"router": router, **options_of(rest)} if rest else router

@@ -8,7 +8,7 @@ from .. import ROUTERS
 
 
 def router_of(text: str) -> dict[str, Any]:
-    """`arrow:top_k=2` as `{"router": "arrow", "top_k": 2}`; values are read as JSON where they are JSON.
+    """`arrow:top_k=2` as `{"router": "arrow", "top_k": 2}`.
 
     Raises:
         argparse.ArgumentTypeError: no such router, or an option without a value.
@@ -16,8 +16,16 @@ def router_of(text: str) -> dict[str, Any]:
     name, _, rest = text.partition(":")
     if name not in ROUTERS:
         raise argparse.ArgumentTypeError(f"{name!r} is no router; allowed are {', '.join(ROUTERS)}")
-    pairs = map(pair_of, rest.split(",")) if rest else ()
-    return {"router": name, **{option: _value(value) for option, value in pairs}}
+    return {"router": name, **options_of(rest)}
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """`top_k=2,tied=true` as a dict; values are read as JSON where they are JSON.
+
+    Raises:
+        argparse.ArgumentTypeError: an option without a value.
+    """
+    return {option: _value(value) for option, value in map(pair_of, text.split(",") if text else ())}
 
 
 def pair_of(text: str) -> tuple[str, str]:
