@@ -11,20 +11,20 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "peers.md"
 
 
-def existing() -> set[str]:
-    """`file::test` of every test beside this one."""
+def existing(folder: Path) -> set[str]:
+    """`file::test` of every test of a folder but this one."""
     return {
-        f"tests/peers/{path.name}::{node.name}"
-        for path in HERE.glob("test_*.py")
+        f"{path.relative_to(HERE.parents[1])}::{node.name}"
+        for path in folder.rglob("test_*.py")
         if path != Path(__file__)
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
     }
 
 
-def test_the_page_names_every_test_here_and_no_other():
+def test_the_page_names_every_test_here_and_none_that_is_not_there():
     named = set(re.findall(r"`(tests/[\w/]+\.py::\w+)`", PAGE.read_text()))
-    assert named == existing()
+    assert existing(HERE) <= named <= existing(HERE.parent)
 
 
 def test_every_defect_has_a_test():
