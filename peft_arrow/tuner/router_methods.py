@@ -51,7 +51,9 @@ class RouterMethods:
         unknown = sorted(set(options) - set(SETTINGS) - set(own))
         if unknown:
             allowed = ", ".join((*SETTINGS, *own))
-            raise TypeError(f"set_router got an unknown argument {unknown[0]!r}; {name!r} takes {allowed}.")
+            raise TypeError(
+                f"set_router got an unknown argument {unknown[0]!r}; allowed are router, {allowed} (router={name!r})."
+            )
         kept = dict(config.router_options or {}) if name == config.router else {}
         kept.update({key: value for key, value in options.items() if key in own})
         changes = {key: value for key, value in options.items() if key in SETTINGS}

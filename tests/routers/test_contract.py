@@ -195,7 +195,7 @@ def test_refusals_at_creation_leave_the_base(mixed, ids, options, message):
 
 def test_unknown_options_are_refused(model):
     """An option of another router is named with those that are allowed."""
-    with pytest.raises(TypeError, match="unknown argument 'filter_k'; 'arrow' takes top_k"):
+    with pytest.raises(TypeError, match="unknown argument 'filter_k'; allowed are router, top_k"):
         model.set_router("arrow", filter_k=3)
     with pytest.raises(ValueError, match="no option 'filter_k'"):
         ArrowLoraConfig(num_experts=2, router="arrow", router_options={"filter_k": 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -186,6 +187,7 @@ def test_rows_of_instructions(tmp_path):
 
 def test_a_chat_needs_a_template(base, tokenizer, adapter_folders):
     model = ArrowLoraModel.from_pretrained(base, adapter_folders)
+    tokenizer = copy.deepcopy(tokenizer)  # other tests use it too
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="line 1 is a chat, and the tokenizer of the base has no chat template"):
         route_texts(model, tokenizer, [Text([{"role": "user", "content": "a"}], None, "line 1")])
