@@ -19,10 +19,11 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Which room may import which; a room may always import itself, `cards` and `version`. See docs/architecture.md.
+# Which room may import which; a room may always import itself and the leaves. See docs/architecture.md.
 ROOMS = {
     "version": [],
     "cards": [],
+    "prompts": [],
     "ops": [],
     "routers": [],
     "library.adapter": [],
@@ -75,7 +76,7 @@ ADAPTER_FILES = tuple(
         "serving",
     )
 )
-LEAVES = ("cards", "version")
+LEAVES = ("cards", "prompts", "version")
 # Rooms that need an extra: loaded when asked for, as the packages of the extras are.
 ON_DEMAND = ("building", "clustering", "evaluation", "quickstart", "training")
 # Packages whose import name is not their name with underscores.

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from peft_arrow import AdapterLibrary, ArrowLoraModel, MBCClusterer, train_library
 from peft_arrow.evaluation.statistics import paired_difference
+from peft_arrow.prompts import instruction_prompt
 from peft_arrow.quickstart.base import load_base, silence_known_warnings
 
 
@@ -94,7 +95,7 @@ def completion_losses(model: torch.nn.Module, tokenizer, rows: Sequence[Row], ba
     """Nats per token of the completion, the end token included, for each row; similar lengths share a batch."""
     encoded = []
     for row in rows:
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
+        asked = instruction_prompt(row["instruction"], row.get("input"))
         prompt = tokenizer(asked)["input_ids"]
         both = tokenizer(asked + row["output"])["input_ids"] + [tokenizer.eos_token_id]
         encoded.append((len(prompt), torch.tensor(both)))

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from library_kinds import read_rows
 
-from peft_arrow import AdapterLibrary, ArrowLoraModel, evaluate_library, train_library
+from peft_arrow import ROUTERS, AdapterLibrary, ArrowLoraModel, evaluate_library, train_library
+from peft_arrow.prompts import instruction_prompt
 from peft_arrow.quickstart.base import load_base, silence_known_warnings
 from peft_arrow.training.recipe import WARMUP
 
@@ -47,12 +49,6 @@ METHODS: dict[str, Any] = {
     "uniform_parameter": "uniform_parameter",
 }
 NOT_ROUTED = ("uniform_parameter",)
-
-
-def read_split(path: Path, split: str) -> list[dict]:
-    """The rows of one split."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["split"] == split]
 
 
 def library_of(args: argparse.Namespace, base: torch.nn.Module, tokenizer: Any, root: Path) -> AdapterLibrary:
@@ -103,7 +99,7 @@ def pick_rates(
         router, is_calibrated = options.pop("router"), options.pop("calibrated", False)
         start = time.perf_counter()
         plain = {"granularity": "token", "tied": False, "null_expert": None, "router_temperature": 1.0}
-        if router in fit_data_needed():
+        if ROUTERS[router].needs_data:
             model.fit_router(router, fit_data, tokenizer=tokenizer)
         model.set_router(router, **{**plain, "top_k": args.top_k, "calibrated": False, **options})
         if is_calibrated:
@@ -113,8 +109,8 @@ def pick_rates(
         with model.trace_routing() as trace:
             for path in args.files:
                 trace.tasks = [path.stem]
-                for row in read_split(path, "eval")[: args.traced]:
-                    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
+                for row in read_rows(path, "eval")[: args.traced]:
+                    asked = instruction_prompt(row["instruction"], row.get("input"))
                     model(**tokenizer(asked, return_tensors="pt"))
         rates = {task: round(found.top, 4) for task, found in trace.agreement(by="task").items()}
         mean = round(sum(rates.values()) / len(rates), 4)
@@ -122,13 +118,6 @@ def pick_rates(
         file.write_text(json.dumps(known, indent=1))
         print(f"{name:<28}{mean:.3f}   (chance {1 / len(library):.3f})   prepared in {prepared:.1f} s", flush=True)
     model.unload()
-
-
-def fit_data_needed() -> list[str]:
-    """The routers that need data."""
-    from peft_arrow import ROUTERS
-
-    return [name for name, router in ROUTERS.items() if router.needs_data]
 
 
 def made_up_tasks(root: Path) -> list[Path]:
@@ -191,7 +180,7 @@ def run(args: argparse.Namespace, root: Path) -> None:
     if args.train_only:
         return
     base.requires_grad_(False)
-    fit_data = {path.stem: read_split(path, "train")[: args.fit_rows] for path in args.files}
+    fit_data = {path.stem: read_rows(path, "train")[: args.fit_rows] for path in args.files}
     methods = {name: METHODS[name] for name in args.methods}
     if args.rates:
         routed = {name: method for name, method in methods.items() if name not in NOT_ROUTED}

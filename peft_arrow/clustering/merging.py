@@ -11,10 +11,8 @@ from tqdm import tqdm
 from ..library.adapter import Adapter
 from ..library.delta import MANY
 from ..library.library import AdapterLibrary
-from ..library.licenses import UNKNOWN, strictest
-from ..library.manifest import Origin
 from ..library.names import check_name
-from ..library.sums import adapter_of, add_up, check_rank, open_members
+from ..library.sums import adapter_of, add_up, check_rank, joint_origin, open_members
 from ..library.versions import framework_versions
 
 
@@ -64,7 +62,14 @@ def merge_adapters(
     rank = max(ranks) if rank is None else rank
     total = add_up(readers, scales, rank, f"Merging {name}")
     source = f"merged from {len(members)} adapters"
-    adapter = adapter_of(check_name(name), total.factors, members, rank=rank, source=source, origin=_origin(members))
+    adapter = adapter_of(
+        check_name(name),
+        total.factors,
+        members,
+        rank=rank,
+        source=source,
+        origin=joint_origin(members, "mean of " + ", ".join(member.name for member in members)),
+    )
     return Merged(adapter, total.lost_norm)
 
 
@@ -111,12 +116,3 @@ def _scales(members: Sequence[Adapter], weights: Sequence[float] | Mapping[str, 
     if len(weights) != len(members):
         raise ValueError(f"weights has {len(weights)} numbers for {len(members)} adapters; give one each.")
     return [float(weight) for weight in weights]
-
-
-def _origin(members: Sequence[Adapter]) -> Origin:
-    license = strictest(member.origin.license for member in members)
-    return Origin(
-        license=None if license == UNKNOWN else license,
-        task="mean of " + ", ".join(member.name for member in members),
-        datasets=tuple(dict.fromkeys(dataset for member in members for dataset in member.origin.datasets)),
-    )

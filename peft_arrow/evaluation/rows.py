@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..prompts import instruction_prompt
+
 
 ALLOWED = "'prompt', 'messages', 'instruction' (with or without 'input'), or 'input' with 'options' and 'gold'"
 ANSWERS = ("completion", "output")
@@ -88,7 +90,7 @@ def _prompt_and_answer(
     if "prompt" in row:
         prompt = row["prompt"]
     elif "instruction" in row:
-        prompt = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n"
+        prompt = instruction_prompt(row["instruction"], row.get("input"))
     elif "input" in row:
         prompt = row["input"]
     else:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .adapter import Adapter
 from .base_names import base_revision
 from .delta import MANY, FactorReader
+from .licenses import UNKNOWN, strictest
 from .lora import KEY_PREFIX
 from .low_rank import truncated
 from .manifest import Origin
@@ -160,3 +161,18 @@ def _config(members: Sequence[Adapter], rank: int, modules: list[str]) -> dict[s
         "revision": base_revision(members),
         **shared,
     }
+
+
+def joint_origin(members: Sequence[Adapter], task: str | None) -> Origin:
+    """The origin of an adapter made of several: the strictest licence, and all datasets.
+
+    Args:
+        members (`Sequence[Adapter]`): what it is made of.
+        task (`str`, *optional*): what it is for.
+    """
+    license = strictest(member.origin.license for member in members)
+    return Origin(
+        license=None if license == UNKNOWN else license,
+        task=task,
+        datasets=tuple(dict.fromkeys(dataset for member in members for dataset in member.origin.datasets)),
+    )

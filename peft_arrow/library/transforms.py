@@ -13,10 +13,9 @@ from .adapter import Adapter, AdapterLike, AdapterRef, source_of
 from .base_names import check_base
 from .delta import FactorReader, update_norm
 from .library import AdapterLibrary
-from .licenses import UNKNOWN, strictest
 from .lora import KEY_PREFIX, Factors, read_lora
 from .manifest import Origin
-from .sums import adapter_of, add_up, check_rank, open_members
+from .sums import adapter_of, add_up, check_rank, joint_origin, open_members
 from .versions import framework_versions
 
 
@@ -147,7 +146,7 @@ def _subtract_updates(
         members,
         rank=rank or max(lora_A.shape[0] for lora_A, _ in factors.values()),
         source=_source(expert, generals),
-        origin=_origin(members),
+        origin=joint_origin(members, expert.origin.task),
     )
     return adapter, total.lost_norm, dropped
 
@@ -171,7 +170,9 @@ def _subtract_factors(expert: Adapter, generals: Sequence[Adapter]) -> Adapter:
         )
     if not is_left:
         raise _nothing_left(expert)
-    return replace(expert, tensors=tensors, source=_source(expert, generals), origin=_origin(members))
+    return replace(
+        expert, tensors=tensors, source=_source(expert, generals), origin=joint_origin(members, expert.origin.task)
+    )
 
 
 def _same_shape(factor: Factors, general: FactorReader, module: str, expert: Adapter) -> Factors:
@@ -194,15 +195,6 @@ def _nothing_left(expert: Adapter) -> ValueError:
 
 def _source(expert: Adapter, generals: Sequence[Adapter]) -> str:
     return f"{expert.source} without the mean of {len(generals)} general adapters"
-
-
-def _origin(members: Sequence[Adapter]) -> Origin:
-    license = strictest(member.origin.license for member in members)
-    return Origin(
-        license=None if license == UNKNOWN else license,
-        task=members[0].origin.task,
-        datasets=tuple(dict.fromkeys(dataset for member in members for dataset in member.origin.datasets)),
-    )
 
 
 def _described(

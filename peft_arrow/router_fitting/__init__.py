@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .calibration import calibrate
-from .fit import Fitted, fit
+from .fit import fit
+from .fitted import Fitted
 from .heads import PromptHead
 
 

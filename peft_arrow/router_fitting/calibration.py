@@ -35,7 +35,7 @@ def calibrate(
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed; it is a whole number of at least {least}.")
-    layers = {name: layer for name, layer in model.routed_layers().items() if adapter_name in layer.experts}
+    layers = model.routed_layers(adapter_name)
     router = next(iter(layers.values())).routers[adapter_name]
     if router.is_pinned or router.is_prompt_level or router.uses_all:
         raise ValueError(
@@ -52,24 +52,12 @@ def calibrate(
         values = torch.where(finite, logits_TE, 0.0)
         sums[name] += torch.stack([finite.double().sum(0), values.sum(0), values.square().sum(0)])
 
-    with model.bare(), reading_inputs(layers, read_nothing := _Gate(read)):
+    with model.bare():
         for start in tqdm(range(0, sequences, batch_size), desc="calibrating", unit="batch", leave=False):
             ids = _written(model.model, min(batch_size, sequences - start), length, seed + start)
-            read_nothing.is_open = True
-            model.model(input_ids=ids)
-            read_nothing.is_open = False
+            with reading_inputs(layers, read):
+                model.model(input_ids=ids)
     return {name: _moments(total) for name, total in sums.items()}
-
-
-class _Gate:
-    """Calls a function only while it is open: while text is written, nothing is read."""
-
-    def __init__(self, read: Any) -> None:
-        self.read, self.is_open = read, False
-
-    def __call__(self, *args: Any) -> None:
-        if self.is_open:
-            self.read(*args)
 
 
 def _written(base: Any, count: int, length: int, seed: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .fitted import Fitted
 from .hooks import reading_inputs
 from .rows import Example, batches
 
@@ -18,7 +19,7 @@ POOLS = ("mean", "last")
 @torch.no_grad()
 def centroids(
     model: Any, examples: Mapping[str, Sequence[Example]], *, pool: str = "mean", batch_size: int = 8
-) -> dict[str, torch.Tensor]:
+) -> Fitted:
     """Per module the mean input over expert i's rows with that expert active, at length 1 (arXiv 2405.11157, 4.2).
 
     Args:
@@ -28,12 +29,12 @@ def centroids(
         batch_size (`int`): rows at a time.
 
     Returns:
-        `dict[str, torch.Tensor]`: module -> float32 (E, I), one row for each expert that the module has.
+        `Fitted`: with the rows.
     """
     if pool not in POOLS:
         raise ValueError(f"pool={pool!r} is unknown; allowed are {list(POOLS)}.")
     adapter_name, names = model.active_arrow_adapter(), list(model.expert_names)
-    layers = {name: layer for name, layer in model.routed_layers().items() if adapter_name in layer.experts}
+    layers = model.routed_layers(adapter_name)
     sums = {
         name: torch.zeros(len(layer.experts[adapter_name].positions), layer.in_features, dtype=torch.float64)
         for name, layer in layers.items()
@@ -51,4 +52,4 @@ def centroids(
 
             with model.pin_experts([expert] * len(ids)), reading_inputs(mine, read):
                 model.model(input_ids=ids, attention_mask=mask.long())
-    return {name: torch.nn.functional.normalize(total, dim=-1).float() for name, total in sums.items()}
+    return Fitted({name: torch.nn.functional.normalize(total, dim=-1).float() for name, total in sums.items()})

@@ -3,64 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from ..routers import ROUTERS
 from .centroids import centroids
+from .fitted import Fitted
 from .gates import train_gates
-from .heads import PromptHead
 from .prompts import nearest_examples, train_predictor
-from .rows import Example, read_datasets, tokenizer_of
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What a router learnt.
-
-    Args:
-        rows (`dict[str, torch.Tensor]`): module -> float32 (E, I), one row an expert of the module.
-        head (`PromptHead`, *optional*): of a prompt-level router.
-        info (`dict`): for the config; JSON.
-    """
-
-    rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    head: PromptHead | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-def _centroid(model: Any, examples: Mapping[str, Sequence[Example]], **options: Any) -> Fitted:
-    return Fitted(rows=centroids(model, examples, **options))
-
-
-def _phatgoose(model: Any, examples: Mapping[str, Sequence[Example]], **options: Any) -> Fitted:
-    return Fitted(rows=train_gates(model, examples, **options))
-
-
-def _task_predictor(model: Any, examples: Mapping[str, Sequence[Example]], **options: Any) -> Fitted:
-    head, accuracy = train_predictor(model, examples, **options)
-    return Fitted(head=head, info={**_shape(head), "train_accuracy": accuracy})
-
-
-def _retrieval(model: Any, examples: Mapping[str, Sequence[Example]], **options: Any) -> Fitted:
-    head, owners = nearest_examples(model, examples, **options)
-    return Fitted(head=head, info={**_shape(head), "owners": owners})
-
-
-def _shape(head: PromptHead) -> dict[str, int]:
-    scores, features = head.weight.shape
-    return {"scores": scores, "features": features}
+from .rows import read_datasets, tokenizer_of
 
 
 # Router -> what fits it, and how many rows of an expert it takes unless told otherwise.
-FITS: dict[str, tuple[Callable[..., Fitted], Callable[..., Any], int]] = {
-    "centroid": (_centroid, centroids, 100),
-    "phatgoose": (_phatgoose, train_gates, 1000),
-    "task_predictor": (_task_predictor, train_predictor, 200),
-    "retrieval": (_retrieval, nearest_examples, 32),
+FITS: dict[str, tuple[Callable[..., Fitted], int]] = {
+    "centroid": (centroids, 100),
+    "phatgoose": (train_gates, 1000),
+    "task_predictor": (train_predictor, 200),
+    "retrieval": (nearest_examples, 32),
 }
 
 
@@ -92,8 +52,8 @@ def fit(
     if not ROUTERS[name].needs_data:
         needing = [router for router, row in ROUTERS.items() if row.needs_data]
         raise ValueError(f"name={name!r} needs no data; routers that do are {needing}.")
-    make, signature, rows = FITS[name]
-    allowed = [key for key, p in inspect.signature(signature).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    make, rows = FITS[name]
+    allowed = [key for key, p in inspect.signature(make).parameters.items() if p.kind is p.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise ValueError(f"fit_router got an unknown option {unknown[0]!r}; {name!r} takes {allowed}.")
@@ -106,4 +66,4 @@ def fit(
     examples = read_datasets(datasets, experts, tokenizer, rows, max_length)
     fitted = make(model, examples, **options)
     counts = {expert: len(found) for expert, found in examples.items()}
-    return Fitted(fitted.rows, fitted.head, {**fitted.info, "rows": counts, "options": options})
+    return replace(fitted, info={**fitted.info, "rows": counts, "options": options})

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, layer_norm
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
+from .fitted import Fitted
 from .rows import Example, batches
 
 
@@ -23,7 +24,7 @@ def train_gates(
     learning_rate: float = 1e-3,
     batch_size: int = 4,
     seed: int = 0,
-) -> dict[str, torch.Tensor]:
+) -> Fitted:
     """Train the gate g of each expert alone: its output is weighed by sigmoid(g . x) (arXiv 2402.05859, section 3).
 
     The gates begin at zero; AdamW without decay, 10 % of warm-up, then linear decay, the loss of the completions.
@@ -38,10 +39,10 @@ def train_gates(
         seed (`int`): of the order of the rows.
 
     Returns:
-        `dict[str, torch.Tensor]`: module -> float32 (E, I), normalised as LN(g), one row an expert.
+        `Fitted`: with the rows, normalised as LN(g).
     """
     adapter_name, names = model.active_arrow_adapter(), list(model.expert_names)
-    layers = {name: layer for name, layer in model.routed_layers().items() if adapter_name in layer.experts}
+    layers = model.routed_layers(adapter_name)
     rows = {
         name: torch.zeros(len(layer.experts[adapter_name].positions), layer.in_features)
         for name, layer in layers.items()
@@ -50,24 +51,16 @@ def train_gates(
         for expert, expert_rows in examples.items():
             position = names.index(expert)
             bar.set_postfix_str(expert)
-            for name, gate_I in _train_one(
-                model,
-                layers,
-                adapter_name,
-                position,
-                expert_rows,
-                bar,
-                steps=steps,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                seed=seed,
-            ).items():
+            gates = _train_one(
+                model, layers, adapter_name, position, expert_rows, bar, steps, learning_rate, batch_size, seed
+            )
+            for name, gate_I in gates.items():
                 row = layers[name].experts[adapter_name].positions.index(position)
                 rows[name][row] = gate_I
-    return {name: layer_norm(gates_EI, gates_EI.shape[-1:]) for name, gates_EI in rows.items()}
+    return Fitted({name: layer_norm(gates_EI, gates_EI.shape[-1:]) for name, gates_EI in rows.items()})
 
 
-def _train_one(model, layers, adapter_name, position, rows, bar, *, steps, learning_rate, batch_size, seed):
+def _train_one(model, layers, adapter_name, position, rows, bar, steps, learning_rate, batch_size, seed):
     """The gates of one expert: module -> (I,)."""
     device = next(model.model.parameters()).device
     gates = {

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .fitted import Fitted, fitted_head
 from .heads import PromptHead
 from .rows import Example, batches
 
@@ -30,7 +31,7 @@ def prompt_table(
 
 def train_predictor(
     model: Any, examples: Mapping[str, Sequence[Example]], *, weight_decay: float = 1e-2, batch_size: int = 8
-) -> tuple[PromptHead, float]:
+) -> Fitted:
     """Multinomial logistic regression from prompts to experts (TP of arXiv 2405.11157, section 4.2), by L-BFGS.
 
     Features are centred and divided by their spread first; the map that is returned has that in it.
@@ -42,7 +43,7 @@ def train_predictor(
         batch_size (`int`): prompts at a time.
 
     Returns:
-        The map and its accuracy on the prompts it was trained on.
+        `Fitted`: the map, and its accuracy on the prompts it was trained on.
     """
     features_NF, owners_N = prompt_table(model, examples, batch_size)
     center_F = features_NF.mean(0)
@@ -64,12 +65,10 @@ def train_predictor(
     weight, bias = weight.detach(), bias.detach()
     accuracy = ((x_NF @ weight.T + bias).argmax(-1) == owners_N).double().mean().item()
     head = PromptHead(len(examples), x_NF.shape[1], is_cosine=False)
-    return head.fill(weight / spread_F, bias, center_F), round(accuracy, 4)
+    return fitted_head(head.fill(weight / spread_F, bias, center_F), train_accuracy=round(accuracy, 4))
 
 
-def nearest_examples(
-    model: Any, examples: Mapping[str, Sequence[Example]], *, batch_size: int = 8
-) -> tuple[PromptHead, list[int]]:
+def nearest_examples(model: Any, examples: Mapping[str, Sequence[Example]], *, batch_size: int = 8) -> Fitted:
     """The prompts' features minus their mean, at length 1, and the position of each one's expert.
 
     Args:
@@ -81,4 +80,4 @@ def nearest_examples(
     center_F = features_NF.mean(0)
     rows_NF = torch.nn.functional.normalize(features_NF - center_F, dim=-1)
     head = PromptHead(*rows_NF.shape, is_cosine=True)
-    return head.fill(rows_NF, torch.zeros(len(rows_NF)), center_F), owners_N.tolist()
+    return fitted_head(head.fill(rows_NF, torch.zeros(len(rows_NF)), center_F), owners=owners_N.tolist())

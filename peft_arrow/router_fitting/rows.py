@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from ..prompts import instruction_prompt
+
 
 ALLOWED = "'prompt' and 'completion', 'messages', 'instruction' (with or without 'input') and 'output', or 'text'"
 
@@ -92,7 +94,7 @@ def _texts(name: str, place: int, row: Mapping[str, Any], tokenizer: Any) -> tup
     if "prompt" in row and "completion" in row:
         head, tail = row["prompt"], row["completion"]
     elif "instruction" in row and "output" in row:
-        head, tail = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part) + "\n", row["output"]
+        head, tail = instruction_prompt(row["instruction"], row.get("input")), row["output"]
     else:
         raise ValueError(f"row {place} of {name!r} has the columns {sorted(row)}; allowed are {ALLOWED}.")
     head_ids = list(tokenizer(head)["input_ids"])

@@ -14,7 +14,7 @@ from .pinned import OracleRouter, PinnedRouter
 from .prompt_level import RetrievalRouter, TaskPredictorRouter
 from .prototypes import top_right_singular_vectors
 from .random import RandomRouter
-from .selection import Routing, Selection, check_temperature, check_top_k, select
+from .selection import Routing, Selection, select
 from .spectr import NormRouter, SpectrRouter
 from .uniform import UniformRouter
 
@@ -66,8 +66,6 @@ __all__ = [
     "Routing",
     "Selection",
     "check_router",
-    "check_temperature",
-    "check_top_k",
     "make_router",
     "select",
     "top_right_singular_vectors",

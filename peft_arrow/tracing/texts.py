@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..prompts import instruction_prompt
+
 
 COLUMNS = ("prompt", "messages", "instruction", "text")
 
@@ -110,7 +112,7 @@ def _row(row: Any, source: str) -> Text:
         raise ValueError(f"{source} has none of the keys {', '.join(COLUMNS)}.")
     content, task = row[column], row.get("task")
     if column == "instruction" and isinstance(content, str):  # in the form in which experts are trained on it
-        content = "\n\n".join(part for part in (content, row.get("input")) if part) + "\n"
+        content = instruction_prompt(content, row.get("input"))
     is_chat = isinstance(content, list) and bool(content) and all(map(_is_message, content))
     if not (is_chat or (isinstance(content, str) and column != "messages")):
         wanted = "a chat: objects with role and content" if column == "messages" else "a text or a chat"

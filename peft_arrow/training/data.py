@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from ..prompts import instruction_prompt
 from .reading import DatasetLike, load_rows, without_bars
 
 
@@ -168,5 +169,4 @@ def _last_answer(messages: list) -> dict[str, list]:
 
 
 def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return {"prompt": f"{asked}\n", "completion": row["output"]}
+    return {"prompt": instruction_prompt(row["instruction"], row.get("input")), "completion": row["output"]}

@@ -55,7 +55,7 @@ def export_lora(
         raise ValueError(
             f"rank={rank!r} is not allowed; it is a whole number of at least 1, and only for method='svd'."
         )
-    layers = {name: layer for name, layer in tuner.routed_layers().items() if adapter_name in layer.experts}
+    layers = tuner.routed_layers(adapter_name)
     if rank is None:
         needed = max if method == "svd" else sum
         rank = served_rank(max(needed(layer.experts[adapter_name].ranks) for layer in layers.values()))

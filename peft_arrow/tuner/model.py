@@ -170,13 +170,16 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in self.routed_layers().values():
-            if adapter_name in layer.experts:
-                layer._move_adapter_to_device_of_base_layer(adapter_name, cast=True)
+        for layer in self.routed_layers(adapter_name).values():
+            layer._move_adapter_to_device_of_base_layer(adapter_name, cast=True)
 
-    def routed_layers(self) -> dict[str, ArrowLoraLayer]:
-        """The routed layers by the base's own module names."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, ArrowLoraLayer)}
+    def routed_layers(self, adapter_name: str | None = None) -> dict[str, ArrowLoraLayer]:
+        """The routed layers by the base's own module names; with `adapter_name` those that have experts of it."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ArrowLoraLayer) and (adapter_name is None or adapter_name in module.experts)
+        }
 
     def active_arrow_adapter(self) -> str:
         """The PEFT adapter that the methods of a routed model act on.

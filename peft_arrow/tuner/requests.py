@@ -89,9 +89,8 @@ class RequestTracker:
 
     def watch(self, model: nn.Module, prompt_logits: Callable[[dict, torch.Tensor | None], dict]) -> None:
         """Follow the calls of `model`; `prompt_logits(inputs, mask)` gives what prompt-level routers say."""
-        if (
-            self._prompt_logits is None
-        ):  # hooks stay; bound methods, so that a copied model has those of its own tracker
+        if self._prompt_logits is None:
+            # hooks stay; they are bound methods, so that a copied model has those of its own tracker
             model.register_forward_pre_hook(self._begin, with_kwargs=True)
             model.register_forward_hook(self._end, with_kwargs=True)
         self._prompt_logits = prompt_logits

@@ -69,7 +69,7 @@ class RouterMethods:
         """Give every layer of an adapter the router that its config says."""
         config = self.peft_config[adapter_name]
         router = config.make_router()
-        layers = {name: layer for name, layer in self.routed_layers().items() if adapter_name in layer.experts}
+        layers = self.routed_layers(adapter_name)
         groups = tied_groups({name: layer.in_features for name, layer in layers.items()}) if config.tied else {}
         masked = frozenset(config.expert_names.index(name) for name in config.masked_experts or ())
         for name, layer in layers.items():

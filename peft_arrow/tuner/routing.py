@@ -80,10 +80,10 @@ class RoutingMixin:
     def route(self, adapter_name: str, x: torch.Tensor) -> Routing:
         """The experts of each token of x (..., I); scores are float32 whatever the dtype of x and autocast say."""
         router = self.routers[adapter_name]
-        x_TI = x.reshape(-1, x.shape[-1])
         if decides_once(router):
             return self._route_rows(adapter_name, router, x)
-        return router.choose(self.logits(adapter_name, x_TI), self._allowed(adapter_name, x.device))
+        logits_TE = self.logits(adapter_name, x.reshape(-1, x.shape[-1]))
+        return router.choose(logits_TE, self._allowed(adapter_name, x.device))
 
     def _route_rows(self, adapter_name: str, router: Router, x: torch.Tensor) -> Routing:
         """One choice a row of the batch, made at the first call of a request and kept."""
