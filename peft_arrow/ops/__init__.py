@@ -9,7 +9,9 @@ import torch
 
 from .eager import eager
 from .folded import folded
-from .stack import ExpertBank, ExpertStack
+from .gather import gather
+from .grouped import grouped
+from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants
 
 
 logger = logging.getLogger(__name__)
@@ -17,9 +19,18 @@ logger = logging.getLogger(__name__)
 KERNELS = {
     "eager": eager,
     "folded": folded,
+    "gather": gather,
+    "grouped": grouped,
 }
 
 AGGREGATIONS = ("output", "parameter")
+
+# Measured crossovers, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
+FOLDED_RANK = 64
+# ... and so they are where the ranks of the chosen are not at most this part of all.
+FOLDED_SHARE = 2
+# Ranks of chosen experts in a call up to which their factors are copied for each token.
+GATHERED_RANK = 128
 
 
 def check_kernel(name: str) -> str:
@@ -29,41 +40,68 @@ def check_kernel(name: str) -> str:
     return name
 
 
-def select_kernel(name: str) -> str:
-    """The kernel that runs for a requested name. `"auto"` takes `folded`, which no measured case loses to `eager`."""
-    return "folded" if name == "auto" else name
+def select_kernel(name: str, x_TI: torch.Tensor, stack: ExpertStack, num_chosen: int) -> str:
+    """The kernel that runs for a requested name. `"auto"` goes by the crossovers that docs/kernels.md shows.
+
+    Args:
+        name (`str`): a key of `KERNELS`, or `"auto"`.
+        x_TI (`torch.Tensor`): layer inputs (T, I).
+        stack (`ExpertStack`): the experts.
+        num_chosen (`int`): K.
+    """
+    if name != "auto":
+        return name
+    tokens, rank = x_TI.shape[0], stack.rank
+    chosen = num_chosen * rank / stack.num_experts
+    if rank <= FOLDED_RANK or chosen * FOLDED_SHARE >= rank or not stack.is_whole():
+        return "folded"
+    return "gather" if tokens * chosen <= GATHERED_RANK else "grouped"
 
 
 @cache
 def log_choice(name: str) -> None:
     """Say once what `"auto"` stands for; not in the forward, where a log call would break a compiled graph."""
     if name == "auto":
-        logger.info("kernel='auto' chose %r.", select_kernel(name))
+        logger.info("kernel='auto' chooses 'folded', 'gather' or 'grouped' by tokens, ranks and chosen experts.")
 
 
 def routed_lora(
-    x_TI: torch.Tensor, stack: ExpertStack, weights_TE: torch.Tensor, *, aggregation: str, kernel: str
+    x_TI: torch.Tensor,
+    stack: ExpertStack,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    *,
+    aggregation: str,
+    kernel: str,
+    onto_TO: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Apply the routed experts of one layer.
 
     Args:
         x_TI (`torch.Tensor`): layer inputs (T, I) in the dtype of the factors.
         stack (`ExpertStack`): the experts of the layer.
-        weights_TE (`torch.Tensor`): float32 (T, E) routing weights, 0 where an expert is not chosen.
+        index_TK (`torch.Tensor`):
+            int64 (T, K), chosen experts by position in the layer, each at most once a token; -1 and E stand for none.
+        weights_TK (`torch.Tensor`): float32 (T, K).
         aggregation (`str`): `"output"` or `"parameter"`, see `eager`.
         kernel (`str`): a key of `KERNELS`, or `"auto"`.
+        onto_TO (`torch.Tensor`, *optional*):
+            (T, O), what the result is added to in place and returned; only where no gradient is needed.
 
     Returns:
         `torch.Tensor`: the sum of the weighted expert outputs, (T, O).
     """
-    return KERNELS[select_kernel(kernel)](x_TI, stack, weights_TE, aggregation)
+    chosen = select_kernel(kernel, x_TI, stack, index_TK.shape[1])
+    return KERNELS[chosen](x_TI, stack, index_TK, weights_TK, aggregation, onto_TO)
 
 
 __all__ = [
     "AGGREGATIONS",
     "KERNELS",
+    "BankConstants",
     "ExpertBank",
     "ExpertStack",
+    "bank_constants",
     "check_kernel",
     "log_choice",
     "routed_lora",

@@ -72,8 +72,8 @@ def _train_one(model, layers, adapter_name, position, rows, bar, steps, learning
     schedule = get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
     name_of = {id(layer): name for name, layer in layers.items()}
 
-    def gating(layer, x_TI, weights_TE):
-        return weights_TE * torch.sigmoid(x_TI.float() @ gates[name_of[id(layer)]]).unsqueeze(-1)
+    def gating(layer, x_TI, weights_TK):
+        return weights_TK * torch.sigmoid(x_TI.float() @ gates[name_of[id(layer)]]).unsqueeze(-1)
 
     chosen = [layers[name] for name in gates]
     expert = model.expert_names[position]

@@ -21,33 +21,21 @@ class Routing:
         top_k_index (`torch.Tensor`):
             int64 (T, K), positions among the E experts of the layer; E is the null expert (the bare base), -1 nothing.
         top_k_weights (`torch.Tensor`): float32 (T, K), 0 where the index is -1.
-        is_plain (`bool`): whether all indices are positions of experts.
     """
 
     top_k_index: torch.Tensor
     top_k_weights: torch.Tensor
-    is_plain: bool = True
-
-    def dense(self, num_experts: int) -> torch.Tensor:
-        """The weights as float32 (T, E), 0 where an expert is not chosen."""
-        if self.is_plain:
-            weights_TE = self.top_k_weights.new_zeros(self.top_k_index.shape[0], num_experts)
-            return weights_TE.scatter(1, self.top_k_index, self.top_k_weights)
-        # one more column takes what goes to no expert
-        index_TK = torch.where(self.top_k_index < 0, num_experts, self.top_k_index)
-        weights_TE = self.top_k_weights.new_zeros(self.top_k_index.shape[0], num_experts + 1)
-        return weights_TE.scatter(1, index_TK, self.top_k_weights)[:, :num_experts]
 
     def detach(self) -> Routing:
         """The same without a graph."""
-        return Routing(self.top_k_index, self.top_k_weights.detach(), self.is_plain)
+        return Routing(self.top_k_index, self.top_k_weights.detach())
 
     def rows(self, repeats: int) -> Routing:
         """Each row `repeats` times in a row: from one decision a sequence to one a token."""
         if repeats == 1:
             return self
         index_TK = self.top_k_index.repeat_interleave(repeats, dim=0)
-        return Routing(index_TK, self.top_k_weights.repeat_interleave(repeats, dim=0), self.is_plain)
+        return Routing(index_TK, self.top_k_weights.repeat_interleave(repeats, dim=0))
 
 
 @dataclass(frozen=True)
@@ -140,7 +128,7 @@ def select(
     if selection.top_p is not None:
         weights_TK = _nucleus(weights_TK, selection.top_p)
         dropped_TK = dropped_TK | (weights_TK == 0)
-    return Routing(torch.where(dropped_TK, -1, index_TK), weights_TK, is_plain=False)
+    return Routing(torch.where(dropped_TK, -1, index_TK), weights_TK)
 
 
 def _nucleus(weights_TK: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from ..ops import bank_constants
 from .layouts import LayerExperts
 
 
@@ -124,7 +125,7 @@ def _init_fresh(lora_A: nn.Linear, lora_B: nn.Linear, experts: LayerExperts, mem
                 nn.init.kaiming_uniform_(piece, a=math.sqrt(5))
 
 
-def bank_constants(experts: LayerExperts, scale: float, device: torch.device) -> tuple:
+def bank_fields(experts: LayerExperts, scale: float, device: torch.device) -> tuple:
     """(is_main, fields of `ExpertBank` beside the modules) of each bank that has experts.
 
     The tensors are made outside inference mode, so that a model used there first can still be trained.
@@ -135,18 +136,14 @@ def bank_constants(experts: LayerExperts, scale: float, device: torch.device) ->
             members = experts.bank(is_main)
             if not members:
                 continue
-            owner = [e for e in members for _ in range(experts.ranks[e])]
-            constants = {
+            fields = {
                 "experts": members,
                 "ranks": tuple(experts.ranks[e] for e in members),
                 "scalings": tuple(experts.scalings[e] * scale for e in members),
-                "dropouts": tuple(experts.dropouts[e] for e in members),
-                "owner_R": torch.tensor(owner, dtype=torch.int64, device=device),
-                "scaling_R": torch.tensor(
-                    [experts.scalings[e] * scale for e in owner], dtype=torch.float32, device=device
-                ),
             }
-            banks.append((is_main, constants))
+            constants = bank_constants(**fields, num_experts=len(experts.ranks), device=device)
+            dropouts = tuple(experts.dropouts[e] for e in members)
+            banks.append((is_main, {**fields, "dropouts": dropouts, "constants": constants}))
     return tuple(banks)
 
 

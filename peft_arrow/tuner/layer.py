@@ -12,7 +12,7 @@ from torch import nn
 
 from ..ops import ExpertBank, ExpertStack, routed_lora
 from ..routers import Router
-from .bank import BANKS, FactorStacks, add_bank, bank_constants, bank_modules
+from .bank import BANKS, FactorStacks, add_bank, bank_fields, bank_modules
 from .layouts import LayerExperts
 from .prototype_state import PrototypeState
 from .prototypes import STORED, PrototypeLinear, PrototypeMixin
@@ -196,14 +196,14 @@ class ArrowLoraLayer(BaseTunerLayer):
         """What does not change between forwards of each bank that has experts, kept per device."""
         by_device = self.columns[adapter_name]
         if device not in by_device:
-            by_device[device] = bank_constants(self.experts[adapter_name], self.scales[adapter_name], device)
+            by_device[device] = bank_fields(self.experts[adapter_name], self.scales[adapter_name], device)
         return by_device[device]
 
     def stack(self, adapter_name: str, device: torch.device) -> ExpertStack:
         """The adapter's experts as kernels take them."""
         banks = tuple(
-            ExpertBank(*bank_modules(self, adapter_name, is_main), **constants)
-            for is_main, constants in self._columns(adapter_name, device)
+            ExpertBank(*bank_modules(self, adapter_name, is_main), **fields)
+            for is_main, fields in self._columns(adapter_name, device)
         )
         return ExpertStack(banks, len(self.experts[adapter_name].positions), self.out_features, self.training)
 
@@ -265,7 +265,6 @@ class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
             pins (`Sequence[Mapping[int, float]]`, *optional*):
                 Send row b of the batch to these experts (position in the model -> weight) instead of routing.
         """
-        num_experts = len(self.experts[adapter_name].positions)
         routing = self.route(adapter_name, x) if pins is None else self.pinned(adapter_name, x, pins)
         if self.recorder is not None:
             self.recorder(self, adapter_name, routing, x.shape[:-1])
@@ -273,14 +272,15 @@ class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
         if merged is not None:
             return merged.delta(self._cast_input_dtype(x, merged.lora_A.dtype))
         x_TI = x.reshape(-1, x.shape[-1])
-        weights_TE = routing.dense(num_experts)
+        weights_TK = routing.top_k_weights
         if self.gating is not None:
-            weights_TE = self.gating(self, x_TI, weights_TE)
+            weights_TK = self.gating(self, x_TI, weights_TK)
         stack = self.stack(adapter_name, x.device)
         y_TO = routed_lora(
             self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype),
             stack,
-            weights_TE,
+            routing.top_k_index,
+            weights_TK,
             aggregation=self.aggregations[adapter_name],
             kernel=self.kernels[adapter_name],
         )

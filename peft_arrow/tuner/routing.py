@@ -137,7 +137,7 @@ class RoutingMixin:
         padded = [row + [(-1, 0.0)] * (width - len(row)) for row in rows]
         index_BK = torch.tensor([[e for e, _ in row] for row in padded], device=x.device)
         weights_BK = torch.tensor([[w for _, w in row] for row in padded], dtype=torch.float32, device=x.device)
-        return Routing(index_BK, weights_BK, is_plain=False).rows(tokens // len(pins))
+        return Routing(index_BK, weights_BK).rows(tokens // len(pins))
 
     def merged_rows(self, adapter_name: str, x: torch.Tensor) -> MergedRows | None:
         """While a request is decoded: the experts that were chosen for each row, as one LoRA; None where not."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, routed_lora
+from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, bank_constants, routed_lora
 
 
 SHAPES = [
@@ -14,7 +14,10 @@ SHAPES = [
     ((1, 5, 2), ((0, 1, 2),)),
     ((3, 3, 3, 3), ((1, 3), (0, 2))),
     ((7, 1, 16), ((2,), (0, 1))),
+    ((4, 4, 4, 4, 4), ((0, 1, 2, 3, 4),)),
+    ((8, 8, 8), ((1,), (0, 2))),
 ]
+SIZES = [(5, 13, 9), (1, 16, 24), (67, 32, 12)]
 
 
 def make_stack(ranks, banks, in_features, out_features, dtype, training=False, dropouts=None):
@@ -26,47 +29,54 @@ def make_stack(ranks, banks, in_features, out_features, dtype, training=False, d
         lora_A, lora_B = nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
         for linear in (lora_A, lora_B):
             linear.weight.data = torch.randn(linear.weight.shape, generator=generator).to(dtype)
-        owner = [e for e in members for _ in range(ranks[e])]
-        scalings = tuple(0.5 + e for e in members)
-        made.append(
-            ExpertBank(
-                lora_A,
-                lora_B,
-                tuple(members),
-                tuple(ranks[e] for e in members),
-                scalings,
-                tuple((dropouts or [0.0] * len(ranks))[e] for e in members),
-                torch.tensor(owner),
-                torch.tensor([0.5 + e for e in owner]),
-            )
-        )
+        fields = {
+            "experts": tuple(members),
+            "ranks": tuple(ranks[e] for e in members),
+            "scalings": tuple(0.5 + e for e in members),
+        }
+        member_dropouts = tuple((dropouts or [0.0] * len(ranks))[e] for e in members)
+        constants = bank_constants(**fields, num_experts=len(ranks))
+        made.append(ExpertBank(lora_A, lora_B, **fields, dropouts=member_dropouts, constants=constants))
     return ExpertStack(tuple(made), len(ranks), out_features, training)
 
 
-def make_weights(tokens, experts):
-    """Routing weights with zeros."""
-    weights = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(1))
-    return weights * (weights > 0.3)
+def make_routing(tokens, experts, num_chosen):
+    """Distinct experts for each token, some of them none (-1) or the null expert (E), and weights."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.rand(tokens, experts + 2, generator=generator).topk(min(num_chosen, experts), dim=-1).indices
+    index = torch.where(index > experts, -1, index)
+    return index, torch.rand(index.shape, generator=generator)
+
+
+def with_eager(kernel, ranks, banks, size, aggregation, dtype, num_chosen=3):
+    """(output, gradients) of a kernel and of `eager` on the same input."""
+    tokens, in_features, out_features = size
+    for name in (kernel, "eager"):
+        stack = make_stack(ranks, banks, in_features, out_features, dtype)
+        x = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        index, weights = make_routing(tokens, len(ranks), num_chosen)
+        weights.requires_grad_()
+        y = routed_lora(x, stack, index, weights, aggregation=aggregation, kernel=name)
+        (y.float() * torch.arange(out_features)).sum().backward()
+        with torch.no_grad():
+            onto = torch.ones(tokens, out_features, dtype=dtype)
+            options = {"aggregation": aggregation, "kernel": name, "onto_TO": onto}
+            assert routed_lora(x, stack, index, weights, **options) is onto
+        factors = [linear.weight.grad for bank in stack.banks for linear in (bank.lora_A, bank.lora_B)]
+        yield [y.detach(), onto - 1, x.grad, weights.grad, *factors]
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "eager"] + ["auto"])
 @pytest.mark.parametrize("ranks, banks", SHAPES)
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("aggregation", ["output", "parameter"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 3e-2)])
-def test_outputs_and_gradients_equal_eager(kernel, ranks, banks, aggregation, dtype, tolerance):
+def test_outputs_and_gradients_equal_eager(kernel, ranks, banks, size, aggregation, dtype, tolerance):
     """Relative to the largest entry."""
     if aggregation == "parameter" and len(set(ranks)) > 1:
         pytest.skip("parameter aggregation needs one rank")
-    results = {}
-    for name in ("eager", kernel):
-        stack = make_stack(ranks, banks, 13, 9, dtype)
-        x = torch.randn(5, 13, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
-        weights = make_weights(5, len(ranks)).requires_grad_()
-        y = routed_lora(x, stack, weights, aggregation=aggregation, kernel=name)
-        (y.float() * torch.arange(9)).sum().backward()
-        factors = [linear.weight.grad for bank in stack.banks for linear in (bank.lora_A, bank.lora_B)]
-        results[name] = [y.detach(), x.grad, weights.grad, *factors]
-    for ours, eager in zip(results[kernel], results["eager"], strict=True):
+    found, expected = with_eager(kernel, ranks, banks, size, aggregation, dtype)
+    for ours, eager in zip(found, expected, strict=True):
         assert ours.dtype == eager.dtype
         allowed = max(tolerance, 1e-5 if ours.dtype == torch.float32 else 0.0)  # routing weights are always float32
         assert float((ours - eager).abs().max()) <= allowed * float(eager.abs().max() + 1e-30)
@@ -76,9 +86,11 @@ def test_outputs_and_gradients_equal_eager(kernel, ranks, banks, aggregation, dt
 def test_no_tokens_and_no_weight(kernel):
     """An empty batch gives an empty result; a token without experts gives 0."""
     stack = make_stack((2, 3), ((0, 1),), 6, 4, torch.float32)
-    empty = routed_lora(torch.zeros(0, 6), stack, torch.zeros(0, 2), aggregation="output", kernel=kernel)
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    empty = routed_lora(torch.zeros(0, 6), stack, none, torch.zeros(0, 2), aggregation="output", kernel=kernel)
     assert empty.shape == (0, 4)
-    nothing = routed_lora(torch.randn(3, 6), stack, torch.zeros(3, 2), aggregation="output", kernel=kernel)
+    nobody = torch.full((3, 2), -1)
+    nothing = routed_lora(torch.randn(3, 6), stack, nobody, torch.rand(3, 2), aggregation="output", kernel=kernel)
     assert float(nothing.detach().abs().max()) == 0.0
 
 
@@ -86,11 +98,12 @@ def test_no_tokens_and_no_weight(kernel):
 def test_dropout_is_each_experts_own(kernel):
     """In training an expert without dropout is untouched, one with dropout 0.9 is not; in eval nobody is."""
     x = torch.ones(200, 6)
-    only_first, only_second = torch.tensor([[1.0, 0.0]]).expand(200, 2), torch.tensor([[0.0, 1.0]]).expand(200, 2)
+    only_first, only_second = torch.zeros(200, 1, dtype=torch.int64), torch.ones(200, 1, dtype=torch.int64)
+    weights = torch.ones(200, 1)
     for training in (True, False):
         stack = make_stack((2, 3), ((0, 1),), 6, 4, torch.float32, training, dropouts=[0.0, 0.9])
-        first = routed_lora(x, stack, only_first, aggregation="output", kernel=kernel)
-        second = routed_lora(x, stack, only_second, aggregation="output", kernel=kernel)
+        first = routed_lora(x, stack, only_first, weights, aggregation="output", kernel=kernel)
+        second = routed_lora(x, stack, only_second, weights, aggregation="output", kernel=kernel)
         assert float(first.detach().var(dim=0).max()) < 1e-10
         assert (float(second.detach().var(dim=0).max()) > 1e-2) == training
 
@@ -111,5 +124,5 @@ def test_folded_makes_no_tensor_of_experts_times_outputs():
     ranks = (2,) * 20
     stack = make_stack(ranks, (tuple(range(20)),), 16, 512, torch.float32)
     with torch.no_grad(), Largest():
-        routed_lora(torch.randn(256, 16), stack, make_weights(256, 20), aggregation="output", kernel="folded")
+        routed_lora(torch.randn(256, 16), stack, *make_routing(256, 20, 4), aggregation="output", kernel="folded")
     assert Largest.entries == 256 * 512
