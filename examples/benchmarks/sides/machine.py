@@ -41,6 +41,17 @@ def available_bytes(device: torch.device) -> int:
     return 1024 * int(line.split()[1])
 
 
+def resident_bytes(field: str) -> int:
+    """`VmRSS`, what is resident now, or `VmHWM`, its peak since the last `forget_peak`; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def forget_peak() -> None:
+    """Have the kernel count the peak of the resident memory from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def stopwatch(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that `call` takes; on a GPU between two events on its stream."""
     if device.type != "cuda":
