@@ -86,7 +86,7 @@ def measure(base: nn.Module, experts: Experts, x: torch.Tensor, args: argparse.N
     facts = {"in": linear.in_features, "out": linear.out_features, "tokens": tokens}
     facts |= {"experts": experts.count, "routing": experts.kind}
     with tempfile.TemporaryDirectory() as folder:
-        sides, absent = all_sides(base, experts, request, tokens, Path(folder, "inference"))
+        sides, absent = all_sides(base, experts, request, [tokens], Path(folder, "inference"))
         absent.pop(XLORA, None)
         found = check_sides(sides, lambda model: model(x))
         facts["used"] = max(touched_experts(our_model(sides), lambda model: model(x)).values())

@@ -74,7 +74,7 @@ def run(setting: Setting, routing: str, count: int) -> list[dict]:
     extra = {row["side"]: row["extra_bytes"] for row in rows if "extra_bytes" in row}
     print(f"\n### Peak memory of a prefill of {args.tokens} tokens, {count} {routing} experts\n")
     print(table(rows))
-    if is_issue_setting(args) and args.tokens == 512:
+    if is_issue_setting(args, "memory", args.tokens):
         print("\n".join(verdicts("memory", count, lambda a, b: extra[a] / extra[b] if {a, b} <= set(extra) else None)))
     each = bytes_of_an_expert(setting.base, our_model(place.sides), count, experts.rank)
     print(

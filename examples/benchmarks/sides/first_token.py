@@ -12,7 +12,7 @@ from .targets import verdicts
 
 
 def route_loaded(model: PeftModel, top_k: int) -> PeftModel:
-    """Route a model between all the adapters that PEFT has loaded into it, as `create_arrow_model` does after its loop.
+    """Route a model between all adapters that PEFT has loaded into it, as `create_arrow_model` does after its loop.
 
     Args:
         model (`PeftModel`): with the adapters; it is changed.

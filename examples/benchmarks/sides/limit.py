@@ -82,7 +82,9 @@ def limit_of(
             totals[key][0] += need.flops
             totals[key][1] += need.read
         for key in seconds:
-            seconds[key] += sum(needs[part].seconds(peaks) for part in key.split("+"))
+            parts = [needs[part] for part in key.split("+")]
+            joined = Need(sum(part.flops for part in parts), sum(part.read for part in parts))
+            seconds[key] += joined.seconds(peaks)
     return Limit(**{key: Need(*values) for key, values in totals.items()}, seconds=seconds)
 
 

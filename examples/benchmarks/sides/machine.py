@@ -36,6 +36,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str | int]:
 def available_bytes(device: torch.device) -> int:
     """Memory that can be allocated now without swapping."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     return 1024 * int(line.split()[1])

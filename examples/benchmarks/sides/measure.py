@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .bases import linear_modules
 from .experts import Experts
 from .limit import COLUMNS, add_limits, describe, limit_of
@@ -70,7 +72,7 @@ class Field:
         print(f"\n### {title}, {count} {self.experts.kind} experts{'' if mode == 'as is' else f', {mode}'}\n")
         print(f"{told(touched, count)}\n")
         print(markdown(rows, "ms a token" if work == "decode" else "ms", {} if trains else COLUMNS))
-        if is_issue_setting(args):
+        if is_issue_setting(args, work, tokens):
             print("\n".join(verdicts(work, count, times.ratio, TARGETS)))
         elif args.device.type == "cuda":
             print("\n".join(verdicts(work, count, times.ratio, GPU_TARGETS)))
@@ -80,7 +82,7 @@ class Field:
 
 def inference_field(setting: Setting, experts: Experts, tokens: list[int], folder: Path) -> Field:
     """Make the sides and check them on forwards of each number of tokens."""
-    sides, absent = all_sides(setting.base, experts, request_of(setting.args), min(tokens), folder)
+    sides, absent = all_sides(setting.base, experts, request_of(setting.args), tokens, folder)
     agreements: dict[str, Agreement] = {}
     for count in sorted(set(tokens)):
         ids = setting.ids(experts.kind, count)
@@ -111,6 +113,7 @@ def measure_prefill(place: Field, tokens: int) -> list[dict]:
     touched = touched_experts(our_model(place.sides), lambda model: prefill(model, ids))
     wanted = {"as is": True, "torch.compile": args.compile, "CUDA graph": args.cuda_graphs}
     for mode in (mode for mode, is_wanted in wanted.items() if is_wanted):
+        torch._dynamo.reset()
         budget = request_of(args).budget(args.device)
         times = time_prefill(place.sides, ids, args.repeats, args.slow, budget, MODES[mode])
         rows += place.report("prefill", f"Prefill of {tokens} tokens", tokens, mode, times, touched)

@@ -12,6 +12,8 @@ from .side import Side
 def compiled(side: Side, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A compiled prefill of `ids`, compiled already. Prototypes must be built, as `routed_model` does."""
     side.prepare()
+    # all sides compile the same functions of transformers; beyond the limit they would run as they are, in silence
+    torch._dynamo.config.recompile_limit = 256
     model = torch.compile(side.model, dynamic=False)
 
     @torch.no_grad()

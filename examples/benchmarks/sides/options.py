@@ -75,11 +75,11 @@ def request_of(args: argparse.Namespace) -> Request:
     return Request(args.top_k, tuple(args.sides), peer_bytes, args.xlora_experts)
 
 
-def is_issue_setting(args: argparse.Namespace) -> bool:
-    """Whether the targets are stated for this setting: SmolLM2 in float32 on a CPU, rank 8, four experts a token."""
-    return (
-        args.base is None
-        and args.device.type == "cpu"
-        and args.dtype == torch.float32
-        and (args.rank, args.top_k) == (8, 4)
-    )
+# What the targets are stated for: tokens of a forward.
+LENGTHS = {"prefill": 512, "memory": 512, "decode": 1, "train": 2 * 128}
+
+
+def is_issue_setting(args: argparse.Namespace, work: str, tokens: int) -> bool:
+    """Whether a target is stated for this: SmolLM2 in float32 on a CPU, rank 8, four experts a token, its length."""
+    is_model = args.base is None and args.device.type == "cpu" and args.dtype == torch.float32
+    return is_model and (args.rank, args.top_k) == (8, 4) and tokens == LENGTHS[work]

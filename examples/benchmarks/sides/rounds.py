@@ -34,11 +34,11 @@ class Times:
         return statistics.median(a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True))
 
 
-def failure(error: RuntimeError) -> str:
+def failure(error: Exception) -> str:
     """How running out of memory is reported.
 
     Raises:
-        RuntimeError: the error is another one.
+        Exception: the error, where it is another one.
     """
     if "out of memory" in str(error) or "allocate memory" in str(error):
         return f"out of memory: {str(error).splitlines()[0]}"

@@ -91,7 +91,7 @@ def our_sides(base: nn.Module, experts: Experts, request: Request) -> tuple[list
 
 
 def all_sides(
-    base: nn.Module, experts: Experts, request: Request, tokens: int, folder: Path
+    base: nn.Module, experts: Experts, request: Request, tokens: Sequence[int], folder: Path
 ) -> tuple[list[Side], dict[str, str]]:
     """Every side that was asked for, and those that are not there, name -> reason.
 
@@ -99,7 +99,7 @@ def all_sides(
         base (`nn.Module`): the base.
         experts (`Experts`): of all sides.
         request (`Request`): which sides.
-        tokens (`int`): the fewest of a forward that will be asked for; a side that cannot run even that is not made.
+        tokens (`Sequence[int]`): of the forwards that will be asked for; a side that can run none of them is not made.
         folder (`Path`): where adapters may be written.
     """
     linears, device = linear_modules(base), next(base.parameters()).device
@@ -123,9 +123,9 @@ def all_sides(
     for name, (make, needs) in peers.items():
         if not request.wants(name):
             continue
-        missing = too_much(weights + needs(tokens), request.budget(device))
-        if missing:
-            absent[name] = missing
+        budget = request.budget(device)
+        if too_much(weights + needs(min(tokens)), budget):
+            absent[name] = too_much(weights + needs(max(tokens)), budget)
         else:
             sides.append(Side(name, make(), needs=needs))
     if wants_xlora:

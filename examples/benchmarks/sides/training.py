@@ -15,7 +15,7 @@ from .ours import ADAPTER, kernels, routed_layers, routed_model
 from .peft_side import forward_bytes, peft_arrow_model
 from .plain import plain_lora
 from .side import OURS, PEFT, PLAIN, Request, Side, our_model, too_much
-from .verify import DISAGREES, NOT_HERE, Agreement
+from .verify import DISAGREES, NOT_HERE, Agreement, why_missing
 
 
 # Largest difference of all gradients of a model together, relative to their length: close choices move them a little.
@@ -85,9 +85,7 @@ def check_gradients(
         try:
             others = gradients(side, ours, loss, x)
         except NOT_HERE as error:
-            if side.kernel in (None, "auto"):
-                raise
-            agreement.missing = f"not here: {type(error).__name__}: {str(error).splitlines()[0]}"
+            agreement.missing = why_missing(side, error)
             continue
         apart = sum(float((others[key] - gradient).square().sum()) for key, gradient in reference.items()) ** 0.5
         agreement.difference = apart / length

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .ours import ADAPTER, prototypes, routed_layers
+from .rounds import failure
 from .side import BASE, MTTL, PLAIN, XLORA, Side, our_model
 
 
@@ -87,9 +88,7 @@ def check_sides(sides: Sequence[Side], run: Callable[[nn.Module], object]) -> di
             try:
                 answer = answer_of(side, name, layer, x)
             except NOT_HERE as error:
-                if side.kernel in (None, "auto"):
-                    raise
-                agreement.missing = f"not here: {type(error).__name__}: {str(error).splitlines()[0]}"
+                agreement.missing = why_missing(side, error)
                 continue
             add(agreement, name, layer.base_layer(x), answer, expected, everything)
 
@@ -104,6 +103,17 @@ def check_sides(sides: Sequence[Side], run: Callable[[nn.Module], object]) -> di
         for hook in hooks:
             hook.remove()
     return found
+
+
+def why_missing(side: Side, error: Exception) -> str:
+    """A kernel says itself that it is not for this machine; another side may run out of memory.
+
+    Raises:
+        Exception: the error, where it is neither.
+    """
+    if side.kernel not in (None, "auto"):
+        return f"not here: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return failure(error)
 
 
 def add(
