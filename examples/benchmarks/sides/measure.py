@@ -113,7 +113,8 @@ def measure_prefill(place: Field, tokens: int) -> list[dict]:
     touched = touched_experts(our_model(place.sides), lambda model: prefill(model, ids))
     wanted = {"as is": True, "torch.compile": args.compile, "CUDA graph": args.cuda_graphs}
     for mode in (mode for mode, is_wanted in wanted.items() if is_wanted):
-        torch._dynamo.reset()
+        if mode == "torch.compile":
+            torch._dynamo.reset()
         budget = request_of(args).budget(args.device)
         times = time_prefill(place.sides, ids, args.repeats, args.slow, budget, MODES[mode])
         rows += place.report("prefill", f"Prefill of {tokens} tokens", tokens, mode, times, touched)
