@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from peft_arrow.ops import KERNELS
 from peft_arrow.quickstart.base import silence_known_warnings
 
 from .bases import PICO
 from .experts import Experts, random_experts, trained_experts
-from .side import Request
+from .side import BASE, MTTL, OURS, PEFT, PLAIN, XLORA, Request
 
 
 def shared_options(doc: str, experts: list[int]) -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def shared_options(doc: str, experts: list[int]) -> argparse.ArgumentParser:
         "--adapters", type=Path, nargs="+", default=[], help="folders of trained adapters or libraries"
     )
     parser.add_argument("--noise", type=float, default=0.3, help="of their copies, relative (default: %(default)s)")
-    parser.add_argument("--sides", nargs="+", default=[], help="beside base, plain LoRA and ours auto (default: all)")
+    parser.add_argument("--sides", nargs="+", default=[], help="only these beside base, plain LoRA and ours auto")
     parser.add_argument("--peer-bytes", type=float, help="GiB that another side may take (default: 80 %% of the free)")
     parser.add_argument("--xlora-experts", type=int, default=32, help="most for X-LoRA (default: %(default)s)")
     parser.add_argument(
@@ -57,6 +58,10 @@ def settle(args: argparse.Namespace, **smoke: object) -> argparse.Namespace:
         torch.set_num_threads(args.threads)
     args.device, args.dtype = torch.device(args.device), getattr(torch, args.dtype)
     args.routing = args.routing or ["random", *(["trained"] if args.adapters else [])]
+    known = (BASE, PLAIN, OURS, PEFT, MTTL, XLORA, *(f"ours {name}" for name in KERNELS))
+    unknown = [name for name in args.sides if name not in known]
+    if unknown:
+        raise SystemExit(f"--sides {unknown[0]!r} is unknown; allowed are {', '.join(map(repr, known))}.")
     if "trained" in args.routing and not args.adapters:
         raise SystemExit("--routing trained needs --adapters, folders of trained adapters.")
     return args
