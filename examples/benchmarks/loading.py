@@ -12,6 +12,9 @@ adapter into a small model (for the first-time costs of the libraries) and then
     PEFT                 PeftModel.from_pretrained(base, folders[0]), then model.load_adapter for each further folder
     PEFT low_cpu_mem     the same with low_cpu_mem_usage=True
 
+and at last the first token of an answer to 16 tokens. For that PEFT's model gets the router that `create_arrow_model`
+adds after the same loop; routed, it is compared with ours before, with the same prototypes.
+
 The base is in memory before the clock starts, and the files are in the page cache: they have just been written.
 """
 
@@ -21,7 +24,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,11 +31,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import save_file
+from sides.first_token import check_routed, first_token, route_loaded, told_first_token
+from sides.machine import forget_peak, machine, resident_bytes
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,7 +45,7 @@ from peft_arrow import ArrowLoraModel
 from peft_arrow.quickstart.base import load_base
 
 
-RANK = 8
+RANK, TOP_K = 8, 4
 PICO = "pico"
 OURS, PEFT, PEFT_LOW = "peft-arrow", "PEFT", "PEFT low_cpu_mem"
 
@@ -109,8 +112,10 @@ LOADERS = {
 def check_same(base: str | None, folders: list[str]) -> float:
     """Pin a routed model to each of its experts in turn: the logits are those of plain PEFT with that adapter.
 
+    And routed, it gives what PEFT's Arrow gives.
+
     Returns:
-        The largest difference of the logits, relative to the largest change that the adapter makes.
+        The largest difference of the logits, relative to the largest change that the adapter, or routing, makes.
     """
     ids = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
     without = make_base(base)(ids).logits
@@ -122,18 +127,8 @@ def check_same(base: str | None, folders: list[str]) -> float:
         assert effect > 1e-2, "the adapters do nothing, so nothing would be compared"
         largest = max(largest, (routed(ids, adapter_names=[name]).logits - expected).abs().max().item() / effect)
     assert largest < 1e-3, f"expert and adapter differ: {largest:.1e} of the adapter's effect"
-    return largest
-
-
-def resident_bytes(field: str) -> int:
-    """`VmRSS`, what is resident now, or `VmHWM`, its peak since the last `forget_peak`; Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def forget_peak() -> None:
-    """Have the kernel count the peak of the resident memory from now on."""
-    Path("/proc/self/clear_refs").write_text("5")
+    peft = route_loaded(load_with_peft(make_base(base), folders), TOP_K)
+    return max(largest, check_routed(routed, peft, ids, without))
 
 
 def measure(method: str, base: str | None, folders: list[str], warm_up: list[str]) -> dict[str, float]:
@@ -141,12 +136,13 @@ def measure(method: str, base: str | None, folders: list[str], warm_up: list[str
 
     Returns:
         `seconds` until the loader returned, `ready_seconds` with the prototypes built (for PEFT the same), and the
-        peaks of both above what was resident before, in bytes.
+        peaks of both above what was resident before, in bytes; `first_token_seconds` with the first token generated.
     """
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     load = LOADERS[method]
-    load(make_base(PICO), warm_up)
+    ids = torch.randint(0, 100, (1, 16), generator=torch.Generator().manual_seed(0))
+    answer(method, load(make_base(PICO), warm_up), ids)
     model = make_base(base)
     gc.collect()
     before = resident_bytes("VmRSS")
@@ -156,11 +152,15 @@ def measure(method: str, base: str | None, folders: list[str], warm_up: list[str
     result = {"seconds": time.perf_counter() - start, "peak_bytes": resident_bytes("VmHWM") - before}
     if method == OURS:
         loaded.build_prototypes()
-    return {
-        **result,
-        "ready_seconds": time.perf_counter() - start,
-        "ready_peak_bytes": resident_bytes("VmHWM") - before,
-    }
+    result["ready_seconds"] = time.perf_counter() - start
+    result["ready_peak_bytes"] = resident_bytes("VmHWM") - before
+    answer(method, loaded, ids)
+    return {**result, "first_token_seconds": time.perf_counter() - start}
+
+
+def answer(method: str, loaded: PeftModel, ids: torch.Tensor) -> int:
+    """The first token of a loaded model; PEFT's gets its router first."""
+    return first_token(loaded if method == OURS else route_loaded(loaded, TOP_K), ids)
 
 
 def in_new_process(*arguments) -> dict[str, float]:
@@ -219,6 +219,17 @@ def table(middle: dict[tuple[str, int], dict]) -> str:
     return "\n".join(lines)
 
 
+def first_tokens(middle: dict[tuple[str, int], dict], is_issue_setting: bool) -> list[str]:
+    """A line for each count: seconds from folders to the first token, and the ratio with its target."""
+    lines = []
+    for count in sorted({count for _, count in middle}):
+        seconds = {
+            method: middle[method, count]["first_token_seconds"] for method in LOADERS if (method, count) in middle
+        }
+        lines.append(told_first_token(count, seconds, is_issue_setting))
+    return lines
+
+
 def growth(middle: dict[tuple[str, int], dict]) -> list[str]:
     """How the time for one adapter changes from the fewest to the most; 1 or less is linear growth."""
     lines = []
@@ -230,22 +241,6 @@ def growth(middle: dict[tuple[str, int], dict]) -> list[str]:
             f"({last / first:.2f} times)"
         )
     return lines
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def plot(middle: dict[tuple[str, int], dict], path: Path) -> None:
@@ -283,7 +278,7 @@ def main() -> None:
     middle, facts = medians(found), machine()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(table(middle))
-    print("\n".join(growth(middle)))
+    print("\n".join([*growth(middle), *first_tokens(middle, args.base is None)]))
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "loading.json").write_text(json.dumps({"machine": facts, "measured": found}, indent=2))
