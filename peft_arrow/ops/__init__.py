@@ -8,8 +8,8 @@ from functools import cache
 import torch
 
 from .eager import eager
-from .folded import folded
-from .gather import gather
+from .folded import folded, folded_gated
+from .gather import gather, gather_gated
 from .grouped import grouped
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants
 
@@ -51,11 +51,19 @@ def select_kernel(name: str, x_TI: torch.Tensor, stack: ExpertStack, num_chosen:
     """
     if name != "auto":
         return name
-    tokens, rank = x_TI.shape[0], stack.rank
-    chosen = num_chosen * rank / stack.num_experts
-    if rank <= FOLDED_RANK or chosen * FOLDED_SHARE >= rank or not stack.is_whole():
+    if folds(stack, num_chosen) or not stack.is_whole():
         return "folded"
-    return "gather" if tokens * chosen <= GATHERED_RANK else "grouped"
+    return "gather" if gathers(x_TI.shape[0], num_chosen * stack.rank / stack.num_experts) else "grouped"
+
+
+def folds(stack: ExpertStack, num_chosen: int) -> bool:
+    """Whether computing all experts is cheapest, whatever the number of tokens."""
+    return stack.rank <= FOLDED_RANK or num_chosen * FOLDED_SHARE >= stack.num_experts
+
+
+def gathers(tokens: int, chosen_rank: float) -> bool:
+    """Whether copying the chosen experts' factors for each token is cheapest; `chosen_rank`: theirs, for a token."""
+    return tokens * chosen_rank <= GATHERED_RANK
 
 
 @cache
@@ -103,6 +111,10 @@ __all__ = [
     "ExpertStack",
     "bank_constants",
     "check_kernel",
+    "folded_gated",
+    "folds",
+    "gather_gated",
+    "gathers",
     "log_choice",
     "routed_lora",
     "select_kernel",

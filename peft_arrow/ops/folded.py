@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .stack import ExpertStack, dense_weights, shrink
+from .stack import ExpertBank, ExpertStack, dense_weights, shrink
 
 
 def folded(
@@ -22,20 +22,25 @@ def folded(
     """Same result as `eager`; peak extra memory is (T, R), never (T, E, O). Arguments as for `eager`."""
     weights_TE = dense_weights(index_TK, weights_TK, stack.num_experts)
     shrunk_TR = [shrink(x_TI, bank, stack.training) for bank in stack.banks]
-    gates_TR = [weights_TE.index_select(1, bank.constants.owner_R) for bank in stack.banks]
     if aggregation == "parameter":
         mixed_Tr = sum(
-            (z_TR * gate_TR.to(z_TR.dtype)).unflatten(1, (len(bank.ranks), bank.ranks[0])).sum(1)
-            for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR, strict=True)
+            (z_TR * weights_TE.index_select(1, bank.constants.owner_R).to(z_TR.dtype))
+            .unflatten(1, (len(bank.ranks), bank.ranks[0]))
+            .sum(1)
+            for bank, z_TR in zip(stack.banks, shrunk_TR, strict=True)
         )
         shrunk_TR = [mixed_Tr.repeat(1, len(bank.ranks)) for bank in stack.banks]
-    y_TO = onto_TO
-    for bank, z_TR, gate_TR in zip(stack.banks, shrunk_TR, gates_TR, strict=True):
-        z_TR = z_TR * (gate_TR * bank.constants.scaling_R).to(z_TR.dtype)
-        if onto_TO is not None:
-            onto_TO.addmm_(z_TR, bank.lora_B.weight.t())
-        elif y_TO is None:
-            y_TO = bank.lora_B(z_TR)
-        else:
-            y_TO = y_TO + bank.lora_B(z_TR)
-    return y_TO
+    y_TO = None
+    for bank, z_TR in zip(stack.banks, shrunk_TR, strict=True):
+        tables = bank.constants
+        gate_TR = weights_TE.index_select(1, tables.owner_R) * tables.scaling_R
+        delta_TO = bank.lora_B(z_TR * gate_TR.to(z_TR.dtype))
+        y_TO = delta_TO if y_TO is None else y_TO + delta_TO
+    return y_TO if onto_TO is None else onto_TO.add_(y_TO)
+
+
+def folded_gated(x_TI: torch.Tensor, bank: ExpertBank, gates_TE: torch.Tensor) -> torch.Tensor:
+    """`folded` for a bank of all experts, of one rank; `gates_TE`: weights times scalings, float32 (T, E)."""
+    z_TR = bank.lora_A(x_TI)
+    gates_TE1 = gates_TE.unsqueeze(-1).to(z_TR.dtype)
+    return bank.lora_B((z_TR.view(*gates_TE.shape, -1) * gates_TE1).view(z_TR.shape))

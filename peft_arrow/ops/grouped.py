@@ -45,14 +45,16 @@ def _add_experts(
     y_TO: torch.Tensor, x_TI: torch.Tensor, stack: ExpertStack, sorted_banks: list[_SortedBank], aggregation: str
 ) -> None:
     """Add the experts' outputs to `y_TO` in place."""
-    tokens, assignments = x_TI.shape[0], sorted_banks[0].token_S.shape[0]
-    if aggregation == "output" and not torch.is_grad_enabled():
+    tokens = x_TI.shape[0]
+    if tokens == 0:
+        return
+    if aggregation == "output" and not torch.is_grad_enabled() and x_TI.device.type == "cpu":
         for one in sorted_banks:
             for part in one.parts(max(tokens, SMALLEST_PART)):
                 delta_SO = part.expand(part.shrink(x_TI, stack.training) * part.gate_S1)
                 y_TO.index_add_(0, part.token_S, delta_SO.to(y_TO.dtype))
         return
-    whole = [part for one in sorted_banks for part in one.parts(max(assignments, 1))]
+    whole = [one.whole() for one in sorted_banks]
     shrunk = [part.shrink(x_TI, stack.training) for part in whole]
     if aggregation == "parameter":
         mixed_Tr = x_TI.new_zeros(tokens, stack.banks[0].ranks[0])
@@ -81,26 +83,38 @@ class _SortedBank:
         places_M = torch.arange(members, device=local_S.device)
         self.ends_M = torch.searchsorted(self.local_S, places_M, right=True)
 
+    def whole(self) -> _Part:
+        """All assignments."""
+        total, members = self.local_S.shape[0], len(self.bank.experts)
+        return self._part(0, total, slice(0, members))
+
     def parts(self, size: int) -> Iterator[_Part]:
-        """The assignments in parts of at most `size`, as they are sorted."""
-        total = self.local_S.shape[0]
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            yield _Part(
-                self.bank,
-                self.token_S[start:stop],
-                self.local_S[start:stop],
-                self.weight_S1[start:stop],
-                self.gate_S1[start:stop],
-                (self.ends_M - start).clamp(0, stop - start),
-            )
+        """The assignments of a few experts at a time: of `size`, or one expert. Reads from the device."""
+        start, first = 0, 0
+        ends = self.ends_M.tolist()
+        for place, stop in enumerate(ends):
+            is_last = place + 1 == len(ends)
+            if stop > start and (is_last or ends[place + 1] - start > size):
+                yield self._part(start, stop, slice(first, place + 1))
+                start, first = stop, place + 1
+
+    def _part(self, start: int, stop: int, members: slice) -> _Part:
+        return _Part(
+            self.bank,
+            self.token_S[start:stop],
+            self.local_S[start:stop],
+            self.weight_S1[start:stop],
+            self.gate_S1[start:stop],
+            self.ends_M - start,
+            members,
+        )
 
 
 class _Part:
-    """Sorted assignments: token and expert of each, its weight and gate, and where each expert's end."""
+    """Sorted assignments: token, expert, weight and gate of each, where each expert's end, and whose they are."""
 
-    def __init__(self, bank, token_S, local_S, weight_S1, gate_S1, ends_M) -> None:
-        self.bank, self.token_S, self.local_S = bank, token_S, local_S
+    def __init__(self, bank, token_S, local_S, weight_S1, gate_S1, ends_M, members) -> None:
+        self.bank, self.token_S, self.local_S, self.members = bank, token_S, local_S, members
         self.weight_S1, self.gate_S1, self.ends_M = weight_S1, gate_S1, ends_M
         self.rank = one_call_rank(bank)
 
@@ -111,7 +125,11 @@ class _Part:
             x_SI = dropped(x_SI, torch.tensor(self.bank.dropouts, device=x_TI.device)[self.local_S])
         weight = self.bank.lora_A.weight
         if self.rank is not None:
-            return self._one_call(x_SI, weight.unflatten(0, (-1, self.rank)).transpose(1, 2))
+            factors_MRI = weight.unflatten(0, (-1, self.rank))[self.members]
+            if torch.is_grad_enabled():
+                return self._one_call(x_SI, factors_MRI.transpose(1, 2))
+            # factors first: CPUs multiply a low rank by many columns faster than many rows by a low rank
+            return self._one_call(factors_MRI, x_SI.t()).t().contiguous()
         widest = max(self.bank.ranks)
         pieces = [x_SI[span] @ weight[columns].t() for span, columns in self._spans()]
         return torch.cat([torch.nn.functional.pad(z_Sr, (0, widest - z_Sr.shape[1])) for z_Sr in pieces])
@@ -120,18 +138,18 @@ class _Part:
         """B_i z_i of each assignment, (S, O)."""
         weight = self.bank.lora_B.weight
         if self.rank is not None:
-            return self._one_call(z_SR, weight.t().unflatten(0, (-1, self.rank)))
+            return self._one_call(z_SR, weight.t().unflatten(0, (-1, self.rank))[self.members])
         return torch.cat(
             [z_SR[span, : columns.stop - columns.start] @ weight[:, columns].t() for span, columns in self._spans()]
         )
 
-    def _one_call(self, rows_SN: torch.Tensor, factors_MNP: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.grouped_mm(rows_SN, factors_MNP, offs=self.ends_M.to(torch.int32))
+    def _one_call(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.grouped_mm(left, right, offs=self.ends_M[self.members].to(torch.int32))
 
     def _spans(self) -> Iterator[tuple[slice, slice]]:
         """(assignments, columns of the bank) of each expert that has assignments."""
-        start, column = 0, 0
-        for stop, rank in zip(self.ends_M.tolist(), self.bank.ranks, strict=True):
+        start, column = 0, sum(self.bank.ranks[: self.members.start])
+        for stop, rank in zip(self.ends_M[self.members].tolist(), self.bank.ranks[self.members], strict=True):
             if stop > start:
                 yield slice(start, stop), slice(column, column + rank)
             start, column = stop, column + rank
@@ -155,5 +173,5 @@ def one_call_rank(bank: ExpertBank) -> int | None:
     lora_A, lora_B, rank = bank.lora_A.weight, bank.lora_B.weight, bank.ranks[0]
     sizes = (rank, lora_A.shape[1], lora_B.shape[0], max(lora_B.stride()))
     is_aligned = all(size * lora_A.element_size() % 16 == 0 for size in sizes)
-    is_one_rank = min(bank.ranks) == max(bank.ranks)
-    return rank if is_one_rank and is_aligned and has_grouped_mm(lora_A.device.type, lora_A.dtype) else None
+    is_one_call = bank.constants.is_one_rank and is_aligned and has_grouped_mm(lora_A.device.type, lora_A.dtype)
+    return rank if is_one_call else None

@@ -52,6 +52,8 @@ class BankConstants:
             E (null expert) and -1 (nothing) are M. None where the bank has all experts in order.
         columns_MR (`torch.Tensor`): int64 (M + 1, largest rank), the columns of each expert of the bank.
         scaling_MR (`torch.Tensor`): float32 (M + 1, largest rank), their scalings.
+        rank (`int`): R.
+        is_one_rank (`bool`): whether all experts of the bank have one rank.
     """
 
     owner_R: torch.Tensor
@@ -59,6 +61,8 @@ class BankConstants:
     local_E: torch.Tensor | None
     columns_MR: torch.Tensor
     scaling_MR: torch.Tensor
+    rank: int
+    is_one_rank: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class ExpertStack:
     @property
     def rank(self) -> int:
         """The sum of the ranks of all experts."""
-        return sum(bank.constants.owner_R.shape[0] for bank in self.banks)
+        return sum(bank.constants.rank for bank in self.banks)
 
     def is_whole(self) -> bool:
         """Whether the factors are at hand as they are: not on the meta device, not sharded, not emptied."""
@@ -114,6 +118,8 @@ def bank_constants(
         local_E=None if local is None else torch.tensor(local, dtype=torch.int64, device=device),
         columns_MR=torch.tensor([*columns, [0] * widest], dtype=torch.int64, device=device),
         scaling_MR=torch.tensor([*scales, [0.0] * widest], dtype=torch.float32, device=device),
+        rank=len(flat),
+        is_one_rank=min(ranks) == widest,
     )
 
 

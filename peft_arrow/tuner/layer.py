@@ -18,6 +18,8 @@ from .prototype_state import PrototypeState
 from .prototypes import STORED, PrototypeLinear, PrototypeMixin
 from .requests import RequestTracker
 from .routing import RoutingMixin
+from .scaling import ScalingMixin
+from .shared_input import SharedInput
 from .tripwire import trip_on_backward
 
 
@@ -29,7 +31,7 @@ def _never_merged(*_: Any) -> None:
     raise NotImplementedError("A routed layer is never merged into its base layer.")
 
 
-class ArrowLoraLayer(BaseTunerLayer):
+class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
     """The experts of one layer, for each PEFT adapter (a PEFT adapter is one library of experts).
 
     `arrow_lora_A[adapter]` and `arrow_lora_B[adapter]` hold the factors of the experts that train when the model does,
@@ -57,6 +59,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         "tied",
         "masked",
         "cores",
+        "shared",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -80,6 +83,7 @@ class ArrowLoraLayer(BaseTunerLayer):
         self.tied: dict[str, tuple[ArrowLoraLayer, ...]] = {}
         self.masked: dict[str, frozenset[int]] = {}
         self.cores: dict[str, dict] = {}
+        self.shared: dict[str, SharedInput] = {}
         self.module_name = ""
         self.requests: RequestTracker | None = None
         self.recorder: Callable | None = None
@@ -207,22 +211,6 @@ class ArrowLoraLayer(BaseTunerLayer):
         )
         return ExpertStack(banks, len(self.experts[adapter_name].positions), self.out_features, self.training)
 
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the adapter's routed update by `scale` (1 is the original)."""
-        if adapter in self.scales:
-            self.scales[adapter] = float(scale)
-            self.columns[adapter] = {}
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the active adapters' scales by `scale`."""
-        for adapter in self.active_adapters:
-            self.set_scale(adapter, self.scales.get(adapter, 1.0) * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the active adapters' scales by `scale`, or set them back to 1."""
-        for adapter in self.active_adapters:
-            self.set_scale(adapter, 1.0 if scale is None else self.scales.get(adapter, 1.0) / scale)
-
 
 class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
     """Routed LoRA on a linear module: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
@@ -249,7 +237,9 @@ class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
             return self._mixed_batch(x, result, row_targets).to(dtype)
         for adapter_name in self.active_adapters:
             if adapter_name in self.experts:
-                result = result + self.routed_delta(adapter_name, x, pins)
+                shared = self.shared.get(adapter_name) if pins is None else None
+                added = None if shared is None else shared.add(self, x, result)
+                result = result + self.routed_delta(adapter_name, x, pins) if added is None else added
         if self.inference_owner is not None and self.training and torch.is_grad_enabled():
             result = trip_on_backward(result, self.inference_owner)
         return result.to(dtype)

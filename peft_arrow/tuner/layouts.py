@@ -31,11 +31,17 @@ class LayerExperts:
 
     def bank(self, trainable: bool) -> tuple[int, ...]:
         """Positions in this layer of the experts of the main (`True`) or the frozen (`False`) bank."""
-        return tuple(e for e, in_main in enumerate(self.trainable) if in_main == trainable)
+        return self._banks[trainable]
 
     def bank_rank(self, trainable: bool) -> int:
         """Sum of the ranks of a bank."""
         return sum(self.ranks[e] for e in self.bank(trainable))
+
+    @cached_property
+    def _banks(self) -> dict[bool, tuple[int, ...]]:
+        return {
+            bank: tuple(e for e, in_main in enumerate(self.trainable) if in_main == bank) for bank in (True, False)
+        }
 
     @cached_property
     def slots(self) -> dict[int, tuple[bool, slice]]:

@@ -49,6 +49,11 @@ def fingerprint(weights: list[torch.Tensor]) -> tuple:
     return (steps, *((id(w), 0 if w.is_inference() else w._version) for w in weights))
 
 
+def optimizer_steps() -> int:
+    """How many steps all optimizers of this process have made."""
+    return _optimizer_steps
+
+
 def is_materialised(*weights: torch.Tensor) -> bool:
     """Whether the weights are plain tensors with data: not on the meta device, not shards, not fakes."""
     return all(

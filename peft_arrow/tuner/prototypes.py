@@ -199,6 +199,7 @@ class PrototypeMixin:
         before = {name: self._dtypes(name) for name in self.experts}
         super()._apply(fn, recurse)
         self.columns = {name: {} for name in self.columns}
+        self.forget_plans()
         for adapter_name in self.experts:
             self.cores[adapter_name] = {}
             for rows in (self.arrow_lora_router, *(self.stored_rows(name) for name in STORED)):

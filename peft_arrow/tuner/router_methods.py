@@ -15,6 +15,7 @@ from ..routers import ROUTERS, SELECTION_FIELDS, check_router
 from .mixed_batch import pin_hooks
 from .requests import RequestTracker
 from .routing import decides_once
+from .shared_input import shared_inputs
 from .tying import tied_groups
 
 
@@ -70,13 +71,17 @@ class RouterMethods:
         config = self.peft_config[adapter_name]
         router = config.make_router()
         layers = self.routed_layers(adapter_name)
-        groups = tied_groups({name: layer.in_features for name, layer in layers.items()}) if config.tied else {}
+        groups = tied_groups({name: layer.in_features for name, layer in layers.items()})
         masked = frozenset(config.expert_names.index(name) for name in config.masked_experts or ())
         for name, layer in layers.items():
             layer.module_name = name
             layer.routers[adapter_name] = router
             layer.masked[adapter_name] = masked
-            layer.tied[adapter_name] = tuple(layers[peer] for peer in groups.get(name, ()))
+            layer.tied[adapter_name] = tuple(layers[peer] for peer in groups.get(name, ()) if config.tied)
+        sharing = dict.fromkeys(groups.get(name, (name,)) for name in layers)
+        for shared in shared_inputs([[layers[name] for name in group] for group in sharing], adapter_name):
+            for layer in shared.members:
+                layer.shared[adapter_name] = shared
         self._follow_requests()
 
     def _follow_requests(self) -> None:

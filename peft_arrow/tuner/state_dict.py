@@ -34,7 +34,7 @@ def to_checkpoint(model: nn.Module, adapter_name: str, state_dict: dict[str, tor
             main, frozen = (f"{name}.{BANKS[is_main][side]}.{adapter_name}.weight" for is_main in (True, False))
             stack = join_banks(layer.experts[adapter_name], joined.pop(main, None), joined.pop(frozen, None), dim)
             if stack is not None:
-                joined[main] = stack
+                joined[main] = stack.contiguous()
         _refresh(name, layer, adapter_name, joined)
     return joined
 
