@@ -39,8 +39,15 @@ def folded(
     return y_TO if onto_TO is None else onto_TO.add_(y_TO)
 
 
-def folded_gated(x_TI: torch.Tensor, bank: ExpertBank, gates_TE: torch.Tensor) -> torch.Tensor:
-    """`folded` for a bank of all experts, of one rank; `gates_TE`: weights times scalings, float32 (T, E)."""
-    z_TR = bank.lora_A(x_TI)
-    gates_TE1 = gates_TE.unsqueeze(-1).to(z_TR.dtype)
-    return bank.lora_B((z_TR.view(*gates_TE.shape, -1) * gates_TE1).view(z_TR.shape))
+def folded_gated(x_TI: torch.Tensor, bank: ExpertBank, gates_TE: torch.Tensor, onto_TO: torch.Tensor) -> torch.Tensor:
+    """`folded` for a bank of all experts, of one rank, whose weights are at hand; added to `onto_TO` in place.
+
+    Args:
+        x_TI (`torch.Tensor`): layer inputs (T, I).
+        bank (`ExpertBank`): the experts.
+        gates_TE (`torch.Tensor`): float32 (T, E), weights times scalings.
+        onto_TO (`torch.Tensor`): (T, O).
+    """
+    z_TER = torch.mm(x_TI, bank.lora_A.weight.t()).view(*gates_TE.shape, -1)
+    gated_TER = z_TER.mul_(gates_TE.unsqueeze(-1).to(z_TER.dtype))
+    return onto_TO.addmm_(gated_TER.view(x_TI.shape[0], -1), bank.lora_B.weight.t())

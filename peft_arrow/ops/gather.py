@@ -30,23 +30,28 @@ def gather(
     return y_TO if onto_TO is None else onto_TO.add_(y_TO)
 
 
-def gather_gated(x_TI: torch.Tensor, bank: ExpertBank, index_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
-    """`gather` for a bank of all experts, of one rank, where all indices are experts.
+def gather_gated(
+    x_TI: torch.Tensor, bank: ExpertBank, index_TK: torch.Tensor, gates_TK: torch.Tensor, onto_TO: torch.Tensor
+) -> torch.Tensor:
+    """`gather` for a bank of all experts, of one rank, where all indices are experts; added to `onto_TO` in place.
 
     Args:
         x_TI (`torch.Tensor`): layer inputs (T, I).
         bank (`ExpertBank`): the experts.
         index_TK (`torch.Tensor`): int64 (T, K).
         gates_TK (`torch.Tensor`): float32 (T, K), weights times scalings.
+        onto_TO (`torch.Tensor`): (T, O).
     """
     (tokens, width), members = x_TI.shape, len(bank.ranks)
     place_S = index_TK.reshape(-1)
     lora_A, lora_B = bank.lora_A.weight, bank.lora_B.weight
     rows = lora_A.view(members, -1).index_select(0, place_S).view(tokens, -1, width)
     z_TKR = torch.bmm(rows, x_TI.unsqueeze(-1)).view(*index_TK.shape, -1)
-    gated_T1R = (z_TKR * gates_TK.unsqueeze(-1).to(z_TKR.dtype)).view(tokens, 1, -1)
-    columns = lora_B.t().unflatten(0, (members, -1)).index_select(0, place_S)
-    return torch.bmm(gated_T1R, columns.view(tokens, gated_T1R.shape[-1], -1)).squeeze(1)
+    gated_TR = z_TKR.mul_(gates_TK.unsqueeze(-1).to(z_TKR.dtype)).view(tokens, -1)
+    columns = lora_B.t().unflatten(0, (members, -1)).index_select(0, place_S).view(tokens, -1, lora_B.shape[0])
+    if tokens == 1:
+        return onto_TO.addmm_(gated_TR, columns[0])
+    return onto_TO.add_(torch.bmm(gated_TR.unsqueeze(1), columns).squeeze(1))
 
 
 class _Chosen:

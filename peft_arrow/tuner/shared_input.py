@@ -116,9 +116,9 @@ class SharedInput:
         x_TI, onto_TO = x.reshape(-1, x.shape[-1]), result.view(-1, layer.out_features)
         stack = plan.stacks[place]
         if choice.gates_GTE is not None:
-            onto_TO.add_(folded_gated(x_TI, stack.banks[0], choice.gates_GTE[place]))
+            folded_gated(x_TI, stack.banks[0], choice.gates_GTE[place], onto_TO)
         elif choice.gates_GTK is not None:
-            onto_TO.add_(gather_gated(x_TI, stack.banks[0], index_TK, choice.gates_GTK[place]))
+            gather_gated(x_TI, stack.banks[0], index_TK, choice.gates_GTK[place], onto_TO)
         else:
             options = {"aggregation": "output", "kernel": "auto", "onto_TO": onto_TO}
             routed_lora(x_TI, stack, index_TK, weights_TK, **options)
@@ -128,6 +128,7 @@ class SharedInput:
         """Whether this path is right for the call; afterwards there is a plan."""
         if (
             self.is_refused
+            or torch.jit.is_tracing()
             or layer.training
             or layer.gating is not None
             or type(x) is not torch.Tensor
@@ -135,7 +136,6 @@ class SharedInput:
             or result.dtype != x.dtype
             or not x.numel()
             or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
             or torch._C._functorch.peek_interpreter_stack() is not None
             or torch.is_autocast_enabled(x.device.type)
         ):
@@ -214,23 +214,17 @@ class SharedInput:
             [(linear, linear.weight, _version(linear.weight)) for linear in (prototype, *_linears(stack), *calibrated)]
             for prototype, stack in zip(prototypes, stacks, strict=True)
         ]
-        trains = any(weight.requires_grad for weight in weights)
-        scaling, chosen_rank = (
-            _only_scaling(stacks),
-            max(num_chosen * bank.ranks[0] for s in stacks for bank in s.banks),
-        )
-        steps = optimizer_steps()
         return Plan(
-            stacks,
-            prototypes,
-            is_folded,
-            scaling,
-            chosen_rank,
-            calibration,
-            seen,
-            steps,
-            trains,
-            linears[0].weight.dtype,
+            stacks=stacks,
+            prototypes=prototypes,
+            is_folded=is_folded,
+            scaling=_only_scaling(stacks),
+            chosen_rank=num_chosen * max(bank.ranks[0] for stack in stacks for bank in stack.banks),
+            calibration=calibration,
+            seen=seen,
+            steps=optimizer_steps(),
+            trains=any(weight.requires_grad for weight in weights),
+            dtype=linears[0].weight.dtype,
         )
 
 
