@@ -126,3 +126,22 @@ def test_folded_makes_no_tensor_of_experts_times_outputs():
     with torch.no_grad(), Largest():
         routed_lora(torch.randn(256, 16), stack, *make_routing(256, 20, 4), aggregation="output", kernel="folded")
     assert Largest.entries == 256 * 512
+
+
+@pytest.mark.parametrize("kernel", ["gather", "grouped"])
+def test_work_follows_the_chosen_and_not_the_library(kernel):
+    """Four experts a token cost four times one, and the same among 12 and among 40."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = {}
+    for experts, num_chosen in ((12, 1), (12, 4), (40, 4)):
+        stack = make_stack((3,) * experts, (tuple(range(experts)),), 16, 12, torch.float32)
+        index = torch.rand(30, experts).topk(num_chosen, dim=-1).indices
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            routed_lora(
+                torch.randn(30, 16), stack, index, torch.rand(index.shape), aggregation="output", kernel=kernel
+            )
+        flops[experts, num_chosen] = counter.get_total_flops()
+    assert flops[12, 1] == 30 * 2 * 3 * (16 + 12)
+    assert flops[40, 4] == flops[12, 4] == 4 * flops[12, 1]
