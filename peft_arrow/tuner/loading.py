@@ -44,6 +44,7 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | None = None,
     local_files_only: bool = False,
+    autocast_adapter_dtype: bool = True,
     **options: Any,
 ) -> PeftModel:
     """Route a base model between LoRA adapters.
@@ -55,6 +56,9 @@ def from_pretrained(
         is_trainable (`bool`): whether the experts can be trained; otherwise the model is for inference.
         base_model_kwargs (`dict`, *optional*): passed to the base's `from_pretrained` when `base` is a string.
         token, revision, cache_dir, local_files_only: for adapters on the Hub; `@revision` in a reference wins.
+        autocast_adapter_dtype (`bool`):
+            As in PEFT, experts on a bfloat16 or float16 base are kept in float32; False keeps them in the base's
+            dtype, which takes half the memory.
         options: any field of [`ArrowLoraConfig`], such as `top_k`, `router`, `aggregation`.
 
     Returns:
@@ -75,7 +79,7 @@ def from_pretrained(
     config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
     model = _load_base(base, config.task_type, base_model_kwargs or {})
     _check_bare(model)
-    routed = get_peft_model(model, config, adapter_name=adapter_name)
+    routed = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     return routed if is_trainable else routed.eval()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from peft_arrow import ArrowLoraConfig
+from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 
 from .adapters import TOLERANCE, VISIBLE, assert_layers_match, difference, logits, plain, routed
 from .bases import WIDTH, inputs_of, llama, token_ids
@@ -240,11 +240,14 @@ def test_half_precision_base_routes_in_float32(trio):
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_dtype_of_experts_on_a_half_precision_base(trio, autocast_adapter_dtype):
     """float32 by default, as PEFT has it; the base's dtype where asked for."""
-    config = ArrowLoraConfig(adapters=trio)
-    model = get_peft_model(llama().to(torch.bfloat16), config, autocast_adapter_dtype=autocast_adapter_dtype)
-    found = {p.dtype for name, p in model.named_parameters() if "arrow_lora_A" in name or "arrow_lora_B" in name}
-    assert found == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
-    assert torch.isfinite(logits(model)).all()
+    base, options = llama().to(torch.bfloat16), {"autocast_adapter_dtype": autocast_adapter_dtype}
+    for model in (
+        get_peft_model(llama().to(torch.bfloat16), ArrowLoraConfig(adapters=trio), **options),
+        ArrowLoraModel.from_pretrained(base, trio, **options),
+    ):
+        found = {p.dtype for name, p in model.named_parameters() if "arrow_lora_A" in name or "arrow_lora_B" in name}
+        assert found == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
+        assert torch.isfinite(logits(model)).all()
 
 
 def assert_layers_match_loosely(model, folders):
