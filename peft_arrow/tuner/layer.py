@@ -139,6 +139,7 @@ class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
         self.scales.setdefault(adapter_name, 1.0)
         self.kept_frozen[adapter_name] = keep_frozen
         self.prototype_states[adapter_name] = PrototypeState()
+        self.forget_plans()
         for is_main in (True, False):
             add_bank(self, adapter_name, experts, is_main, stacks, init_weights)
         self._make_rows(adapter_name, stored, has_weights=stacks is not None)

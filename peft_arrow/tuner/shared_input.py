@@ -47,7 +47,6 @@ class Plan(NamedTuple):
         calibration (`tuple`, *optional*): mean and spread, (G, 1, E) each.
         seen (`list`): of each module (linear map, its weight, version counter), for which the prototypes are right.
         steps (`int`): of optimizers, when the plan was made.
-        trains (`bool`): whether a weight requires a gradient.
         dtype (`torch.dtype`): of the factors.
     """
 
@@ -59,17 +58,18 @@ class Plan(NamedTuple):
     calibration: tuple[torch.Tensor, torch.Tensor] | None
     seen: list[list[tuple[nn.Linear, torch.Tensor, int | None]]]
     steps: int
-    trains: bool
     dtype: torch.dtype
 
     def is_current(self, place: int) -> bool:
         """Whether the weights of a module are those that the plan was made for."""
-        if self.trains and self.steps != optimizer_steps():
-            return False
         for linear, weight, version in self.seen[place]:
             if linear._parameters["weight"] is not weight or (version is not None and weight._version != version):
                 return False
-        return True
+        return self.steps == optimizer_steps() or not self.trains(place)
+
+    def trains(self, place: int) -> bool:
+        """Whether a weight of a module requires a gradient now."""
+        return any(weight.requires_grad for _, weight, _ in self.seen[place])
 
 
 class SharedInput:
@@ -146,7 +146,7 @@ class SharedInput:
             self.plan = self._make_plan()
         if self.plan is None or self.plan.dtype != x.dtype:
             return False
-        return not (torch.is_grad_enabled() and (self.plan.trains or x.requires_grad or result.requires_grad))
+        return not (torch.is_grad_enabled() and (x.requires_grad or result.requires_grad or self.plan.trains(place)))
 
     def _choice(self, plan: Plan, place: int, x: torch.Tensor) -> Choice:
         """The choice of all members for this input, made by the first of them that sees it."""
@@ -197,7 +197,7 @@ class SharedInput:
         weights = [linear.weight for linear in (*prototypes, *linears)]
         if not is_materialised(*weights) or any(weight.device != device for weight in weights):
             return None
-        if any(hasattr(module, "_hf_hook") for member in self.members for module in member.modules()):
+        if any(_is_offloaded(module) for member in self.members for module in member.modules()):
             return None
         num_chosen = self.members[0].routers[name].width(stacks[0].num_experts)
         is_folded = all(folds(stack, num_chosen) for stack in stacks)
@@ -223,7 +223,6 @@ class SharedInput:
             calibration=calibration,
             seen=seen,
             steps=optimizer_steps(),
-            trains=any(weight.requires_grad for weight in weights),
             dtype=linears[0].weight.dtype,
         )
 
@@ -254,6 +253,12 @@ def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the weights in for each call."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+
 def lay_out_by_expert(linears: Sequence[nn.Linear]) -> None:
     """Change how frozen weights (O, R) lie in memory, and nothing else: as (R, O), so that an expert is one piece.
 
@@ -263,7 +268,8 @@ def lay_out_by_expert(linears: Sequence[nn.Linear]) -> None:
     for linear in linears:
         weight = linear.weight
         if weight.is_contiguous() and not weight.requires_grad:
-            weight.data = weight.data.t().contiguous().t()
+            with torch.inference_mode(weight.is_inference()):
+                weight.data = weight.data.t().contiguous().t()
 
 
 def _is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:

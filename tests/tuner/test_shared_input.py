@@ -182,6 +182,43 @@ def test_threads_do_not_mix():
         assert torch.equal(ours, alone)
 
 
+@pytest.mark.parametrize("size", [FEW, MANY])
+def test_inference_mode_first_and_training_after(size, taken):
+    """What is made under inference mode can be used outside it, and the weights can still train."""
+    model = make(**size)
+    with torch.inference_mode():
+        first = model(input_ids=IDS).logits.clone()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, first)
+    assert taken
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("arrow_lora_A" in name or "arrow_lora_B" in name)
+    taken.clear()
+    logits = model(input_ids=IDS).logits
+    logits.sum().backward()
+    assert not taken and float((logits.detach() - first).abs().max()) <= 1e-5 * float(first.abs().max())
+
+
+def test_steps_of_a_fused_optimizer_are_seen(taken):
+    """They raise no version counter; the model is evaluated between them without gradients."""
+    model = make(**FEW)
+    factors = [p.requires_grad_() for name, p in model.named_parameters() if "arrow_lora_A" in name]
+    optimizer = torch.optim.AdamW(factors, lr=0.1, fused=True)
+    for _ in range(2):
+        model.set_kernel("auto")
+        with torch.no_grad():
+            model(input_ids=IDS)
+        model(input_ids=IDS).logits.square().sum().backward()
+        optimizer.step()
+        taken.clear()
+        with torch.no_grad():
+            short = model(input_ids=IDS).logits
+            assert taken
+            model.set_kernel("eager")
+            general = model(input_ids=IDS).logits
+        assert float((short - general).abs().max()) <= 1e-5 * float(general.abs().max())
+
+
 @torch.no_grad()
 def test_copies_have_their_own_groups():
     model = make(**FEW)
