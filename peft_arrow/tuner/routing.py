@@ -58,8 +58,9 @@ class RoutingMixin:
         logits_TE = self.raw_logits(adapter_name, x_TI)
         if not self.routers[adapter_name].selection.calibrated:
             return logits_TE
-        eye = torch.eye(2, device=x_TI.device)
-        mean_E, spread_E = self.stored_rows("calibration")[adapter_name](eye)
+        stored = self.stored_rows("calibration")[adapter_name]
+        is_here = is_materialised(stored.weight)  # otherwise a call of the module brings the weight in
+        mean_E, spread_E = stored.weight.t() if is_here else stored(torch.eye(2, device=x_TI.device))
         return (logits_TE - mean_E) / spread_E
 
     def logits(self, adapter_name: str, x_TI: torch.Tensor) -> torch.Tensor:
@@ -184,7 +185,14 @@ class RoutingMixin:
         positions = self.experts[adapter_name].positions
         if not any(position in masked for position in positions):
             return None
-        return torch.tensor([position not in masked for position in positions], device=device)
+        allowed = [position not in masked for position in positions]
+        if torch.compiler.is_compiling():
+            return torch.tensor(allowed, device=device)
+        kept, key = self.cores.setdefault(adapter_name, {}), ("allowed", masked, device)
+        if key not in kept:
+            with torch.inference_mode(False):
+                kept[key] = torch.tensor(allowed, device=device)
+        return kept[key]
 
     def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, row_targets: list) -> torch.Tensor:
         """Row b of the batch goes through `row_targets[b]`: (adapter, None), (adapter, expert position), or None."""
