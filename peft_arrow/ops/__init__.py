@@ -12,6 +12,7 @@ from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants
+from .triton import triton
 
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ KERNELS = {
     "folded": folded,
     "gather": gather,
     "grouped": grouped,
+    "triton": triton,
 }
 
 AGGREGATIONS = ("output", "parameter")
