@@ -13,7 +13,6 @@ from .gather import gather, gather_gated
 from .grouped import grouped
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants
 from .triton import triton
-from .triton_launch import is_fit
 
 
 logger = logging.getLogger(__name__)
@@ -56,8 +55,6 @@ def select_kernel(name: str, x_TI: torch.Tensor, stack: ExpertStack, num_chosen:
         return name
     if folds(stack, num_chosen) or not stack.is_whole():
         return "folded"
-    if is_fit(x_TI.device):  # on CUDA, where no crossover was measured
-        return "triton"
     return "gather" if gathers(x_TI.shape[0], num_chosen * stack.rank / stack.num_experts) else "grouped"
 
 
@@ -75,10 +72,7 @@ def gathers(tokens: int, chosen_rank: float) -> bool:
 def log_choice(name: str) -> None:
     """Say once what `"auto"` stands for; not in the forward, where a log call would break a compiled graph."""
     if name == "auto":
-        logger.info(
-            "kernel='auto' chooses 'folded', 'gather' or 'grouped' by tokens, ranks and chosen experts; on CUDA "
-            "'triton' in place of the last two."
-        )
+        logger.info("kernel='auto' chooses 'folded', 'gather' or 'grouped' by tokens, ranks and chosen experts.")
 
 
 def routed_lora(

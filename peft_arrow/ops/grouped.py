@@ -156,9 +156,13 @@ class _Part:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def has_grouped_mm(device_type: str, dtype: torch.dtype) -> bool:
     """Whether `grouped_mm` takes 2-D rows and 3-D factors of this dtype on this kind of device."""
+    return _takes_grouped_mm(device_type, dtype)
+
+
+@cache
+def _takes_grouped_mm(device_type: str, dtype: torch.dtype) -> bool:
     rows, factors = (torch.ones(size, device=device_type, dtype=dtype) for size in ((2, 16), (1, 16, 16)))
     ends = torch.tensor([2], dtype=torch.int32, device=device_type)
     try:

@@ -18,7 +18,6 @@ import torch
 from .stack import ExpertBank
 
 
-OLDEST_CAPABILITY = (8, 0)
 # A shrink of few assignments: ranks and features a program takes at a time, and programs it is divided into at most.
 FEW_RANKS, FEW_FEATURES, FEW_PROGRAMS = 16, 256, 512
 # An expand of few assignments: ranks of chosen experts, and features, a program takes at a time.
@@ -37,13 +36,6 @@ find_package = cache(find_spec)
 def has_triton() -> bool:
     """Whether triton is installed."""
     return find_package("triton") is not None
-
-
-@torch.compiler.assume_constant_result
-def is_fit(device: torch.device) -> bool:
-    """Whether `"auto"` may choose the Triton kernels on this device."""
-    is_cuda = device.type == "cuda" and torch.version.hip is None and has_triton()
-    return is_cuda and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
 
 
 @torch.compiler.assume_constant_result

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_arrow.ops import routed_lora, select_kernel, triton_launch, triton_routing, triton_sorted
+from peft_arrow.ops import routed_lora, triton_launch, triton_routing, triton_sorted
 from peft_arrow.ops.triton_operators import FUNCTIONS, OPERATORS
 from peft_arrow.ops.triton_routing import arrow_top_k
 from peft_arrow.routers.selection import Selection, select
@@ -242,20 +242,6 @@ def test_says_what_is_missing(monkeypatch):
         monkeypatch.setattr(triton_launch, "is_interpreted", lambda: False)
         with pytest.raises(ValueError, match="got inputs on 'cpu'; it needs a CUDA device"):
             function()
-
-
-def test_auto_takes_triton_where_it_fits(monkeypatch):
-    """On a CUDA device that has it, wherever the experts are too many to compute all; never elsewhere."""
-    many = make_stack((4,) * 40, (tuple(range(40)),), 6, 4, torch.float32)
-    few = make_stack((4,) * 4, (tuple(range(4)),), 6, 4, torch.float32)
-    for tokens in (1, 1000):
-        x = torch.randn(tokens, 6)
-        assert select_kernel("auto", x, many, 2) in ("gather", "grouped")
-        with monkeypatch.context() as patch:
-            patch.setattr("peft_arrow.ops.is_fit", lambda device: True)
-            assert select_kernel("auto", x, many, 2) == "triton"
-            assert select_kernel("auto", x, few, 2) == "folded"
-    assert not triton_launch.is_fit(torch.device("cpu"))
 
 
 @runs_triton
