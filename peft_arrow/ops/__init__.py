@@ -27,7 +27,7 @@ KERNELS = {
 
 AGGREGATIONS = ("output", "parameter")
 
-# Measured crossovers, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
+# First values from few timings, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
 FOLDED_RANK = 64
 # ... and so they are where the ranks of the chosen are not at most this part of all.
 FOLDED_SHARE = 2
