@@ -11,7 +11,7 @@ from .eager import eager
 from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
-from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants
+from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants, is_materialised
 from .triton import triton
 
 
@@ -117,6 +117,7 @@ __all__ = [
     "folds",
     "gather_gated",
     "gathers",
+    "is_materialised",
     "log_choice",
     "routed_lora",
     "select_kernel",

@@ -88,8 +88,12 @@ class ExpertStack:
 
     def is_whole(self) -> bool:
         """Whether the factors are at hand as they are: not on the meta device, not sharded, not emptied."""
-        weights = [linear.weight for bank in self.banks for linear in (bank.lora_A, bank.lora_B)]
-        return all(type(w) in PLAIN and w.device.type != "meta" and w.numel() > 0 for w in weights)
+        return is_materialised(*(linear.weight for bank in self.banks for linear in (bank.lora_A, bank.lora_B)))
+
+
+def is_materialised(*weights: torch.Tensor) -> bool:
+    """Whether the weights are plain tensors with data: not on the meta device, not shards, not fakes."""
+    return all(type(w) in PLAIN and w.device.type != "meta" and w.numel() > 0 for w in weights)
 
 
 def bank_constants(

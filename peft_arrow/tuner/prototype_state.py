@@ -54,13 +54,6 @@ def optimizer_steps() -> int:
     return _optimizer_steps
 
 
-def is_materialised(*weights: torch.Tensor) -> bool:
-    """Whether the weights are plain tensors with data: not on the meta device, not shards, not fakes."""
-    return all(
-        type(w) in (torch.Tensor, torch.nn.Parameter) and w.device.type != "meta" and w.numel() > 0 for w in weights
-    )
-
-
 def is_sharded(weight: torch.Tensor) -> bool:
     """Whether the weight is a DTensor, as FSDP2 keeps parameters outside the forward of the module it wrapped."""
     return hasattr(weight, "full_tensor")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..ops import is_materialised
 from ..routers import top_right_singular_vectors
 from .bank import BANKS, bank_modules
 from .prototype_state import (
@@ -15,7 +16,6 @@ from .prototype_state import (
     fingerprint,
     is_building_suspended,
     is_distributed,
-    is_materialised,
     is_sharded,
     whole,
 )

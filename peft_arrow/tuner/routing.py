@@ -7,12 +7,11 @@ from contextlib import nullcontext
 
 import torch
 
-from ..ops import ExpertBank
+from ..ops import ExpertBank, is_materialised
 from ..routers import Router, Routing
 from .batch_rows import batch_rows
 from .merged import MergedRows, merge_rows
 from .norms import core_lengths, norm_cores
-from .prototype_state import is_materialised
 from .prototypes import dot_float32
 
 
@@ -183,15 +182,14 @@ class RoutingMixin:
         """bool (E,), False for a masked expert; None where none is masked."""
         masked = self.masked.get(adapter_name, frozenset())
         positions = self.experts[adapter_name].positions
-        if not any(position in masked for position in positions):
+        if masked.isdisjoint(positions):
             return None
-        allowed = [position not in masked for position in positions]
         if torch.compiler.is_compiling():
-            return torch.tensor(allowed, device=device)
+            return _mask(positions, masked, device)
         kept, key = self.cores.setdefault(adapter_name, {}), ("allowed", masked, device)
         if key not in kept:
             with torch.inference_mode(False):
-                kept[key] = torch.tensor(allowed, device=device)
+                kept[key] = _mask(positions, masked, device)
         return kept[key]
 
     def _mixed_batch(self, x: torch.Tensor, result: torch.Tensor, row_targets: list) -> torch.Tensor:
@@ -221,6 +219,10 @@ class RoutingMixin:
 def decides_once(router: Router) -> bool:
     """Whether a router chooses once a request, and not for each token."""
     return router.is_prompt_level or router.selection.granularity == "sequence"
+
+
+def _mask(positions: Sequence[int], masked: frozenset[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([position not in masked for position in positions], device=device)
 
 
 def _shrunk(x_TI: torch.Tensor, bank: ExpertBank) -> torch.Tensor:

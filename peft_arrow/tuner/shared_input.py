@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import ExpertStack, folded_gated, folds, gather_gated, gathers, routed_lora
+from ..ops import ExpertStack, folded_gated, folds, gather_gated, gathers, is_materialised, routed_lora
 from ..routers import ArrowRouter, Routing
-from .prototype_state import is_materialised, optimizer_steps
+from .prototype_state import optimizer_steps
 
 
 if TYPE_CHECKING:
