@@ -19,19 +19,18 @@ model.py.
 from __future__ import annotations
 
 import argparse
-import gc
 import tempfile
 from pathlib import Path
 
 from peft import PeftModel
 from sides.bases import linear_modules
 from sides.experts import expert_bytes
-from sides.machine import machine
 from sides.measure import inference_field, measure_memory
 from sides.options import experts_of, is_issue_setting, settle, shared_options
 from sides.plots import plot_curves
-from sides.report import stop_if_different, told_machine, write
-from sides.setting import Setting, setting_of
+from sides.report import stop_if_different
+from sides.runs import run_all
+from sides.setting import Setting
 from sides.side import OURS, our_model
 from sides.targets import verdicts
 from torch import nn
@@ -97,13 +96,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    print(told_machine(machine(args.device)))
-    setting, rows = setting_of(args), []
-    for routing in args.routing:
-        for count in args.experts:
-            rows += run(setting, routing, count)
-            gc.collect()
-            write(args.output, "memory", machine(args.device), vars(args), rows)
+    rows = run_all(args, "memory", run)
     if args.output:
         curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for row in rows:

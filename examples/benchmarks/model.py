@@ -30,12 +30,12 @@ import gc
 import tempfile
 from pathlib import Path
 
-from sides.machine import machine
 from sides.measure import inference_field, measure_decode, measure_prefill, measure_training
 from sides.options import experts_of, settle, shared_options
 from sides.plots import plot_curves
-from sides.report import stop_if_different, told_machine, write
-from sides.setting import Setting, setting_of
+from sides.report import stop_if_different
+from sides.runs import run_all
+from sides.setting import Setting
 from sides.side import BASE
 
 
@@ -91,12 +91,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    print(told_machine(machine(args.device)))
-    setting, rows = setting_of(args), []
-    for routing in args.routing:
-        for count in args.experts:
-            rows += run(setting, routing, count)
-            write(args.output, "model", machine(args.device), vars(args), rows)
+    rows = run_all(args, "model", run)
     if args.output:
         plot_curves(panels(rows), "experts", args.output / "model.png")
     stop_if_different(rows)

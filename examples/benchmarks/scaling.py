@@ -14,16 +14,15 @@ and how many times decoding takes longer with 1,000 experts than with 128.
 from __future__ import annotations
 
 import argparse
-import gc
 import tempfile
 from pathlib import Path
 
-from sides.machine import machine
 from sides.measure import inference_field, measure_decode, measure_memory, measure_prefill
 from sides.options import experts_of, is_issue_setting, settle, shared_options
 from sides.plots import plot_curves
-from sides.report import stop_if_different, told_machine, write
-from sides.setting import Setting, setting_of
+from sides.report import stop_if_different
+from sides.runs import run_all
+from sides.setting import Setting
 from sides.side import OURS, PLAIN
 from sides.targets import GROWTH
 
@@ -93,13 +92,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    print(told_machine(machine(args.device)))
-    setting, rows = setting_of(args), []
-    for routing in args.routing:
-        for count in args.experts:
-            rows += run(setting, routing, count)
-            gc.collect()
-            write(args.output, "scaling", machine(args.device), vars(args), rows)
+    rows = run_all(args, "scaling", run)
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for routing in args.routing:
         for side in dict.fromkeys(row["side"] for row in rows if row["side"].startswith("ours ")):
