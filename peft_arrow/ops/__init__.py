@@ -11,6 +11,7 @@ from .eager import eager
 from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
+from .sparse import SPARSE_DTYPES, bagged, is_sparse, shrink_token, sparse, sparse_gated
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants, is_materialised
 from .triton import triton
 
@@ -22,16 +23,17 @@ KERNELS = {
     "folded": folded,
     "gather": gather,
     "grouped": grouped,
+    "sparse": sparse,
     "triton": triton,
 }
 
 AGGREGATIONS = ("output", "parameter")
 
-# First values from few timings, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
+# Measured, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
 FOLDED_RANK = 64
-# ... and so they are where the ranks of the chosen are not at most this part of all.
+# ... and so they are where the ranks of all are not more than this many times those of the chosen.
 FOLDED_SHARE = 2
-# Ranks of chosen experts in a call up to which their factors are copied for each token.
+# Ranks of chosen experts in a call up to which their factors are copied for each token, where `sparse` cannot run.
 GATHERED_RANK = 128
 
 
@@ -55,6 +57,8 @@ def select_kernel(name: str, x_TI: torch.Tensor, stack: ExpertStack, num_chosen:
         return name
     if folds(stack, num_chosen) or not stack.is_whole():
         return "folded"
+    if is_sparse(x_TI, stack) and stack.lies_by_expert():
+        return "sparse"
     return "gather" if gathers(x_TI.shape[0], num_chosen * stack.rank / stack.num_experts) else "grouped"
 
 
@@ -72,7 +76,7 @@ def gathers(tokens: int, chosen_rank: float) -> bool:
 def log_choice(name: str) -> None:
     """Say once what `"auto"` stands for; not in the forward, where a log call would break a compiled graph."""
     if name == "auto":
-        logger.info("kernel='auto' chooses 'folded', 'gather' or 'grouped' by tokens, ranks and chosen experts.")
+        logger.info("kernel='auto' chooses among 'folded', 'gather', 'sparse', 'grouped' by tokens and ranks.")
 
 
 def routed_lora(
@@ -108,9 +112,11 @@ def routed_lora(
 __all__ = [
     "AGGREGATIONS",
     "KERNELS",
+    "SPARSE_DTYPES",
     "BankConstants",
     "ExpertBank",
     "ExpertStack",
+    "bagged",
     "bank_constants",
     "check_kernel",
     "folded_gated",
@@ -118,7 +124,10 @@ __all__ = [
     "gather_gated",
     "gathers",
     "is_materialised",
+    "is_sparse",
     "log_choice",
     "routed_lora",
     "select_kernel",
+    "shrink_token",
+    "sparse_gated",
 ]

@@ -90,6 +90,10 @@ class ExpertStack:
         """Whether the factors are at hand as they are: not on the meta device, not sharded, not emptied."""
         return is_materialised(*(linear.weight for bank in self.banks for linear in (bank.lora_A, bank.lora_B)))
 
+    def lies_by_expert(self) -> bool:
+        """Whether each expert's columns of B are one piece in memory, as kernels that read single experts like it."""
+        return all(bank.lora_B.weight.t().is_contiguous() for bank in self.banks)
+
 
 def is_materialised(*weights: torch.Tensor) -> bool:
     """Whether the weights are plain tensors with data: not on the meta device, not shards, not fakes."""

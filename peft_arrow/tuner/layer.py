@@ -20,6 +20,7 @@ from .requests import RequestTracker
 from .routing import RoutingMixin
 from .scaling import ScalingMixin
 from .shared_input import SharedInput
+from .shared_plan import lay_out_chosen
 from .tripwire import trip_on_backward
 
 
@@ -267,6 +268,7 @@ class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
         if self.gating is not None:
             weights_TK = self.gating(self, x_TI, weights_TK)
         stack = self.stack(adapter_name, x.device)
+        lay_out_chosen(stack, weights_TK.shape[1])
         y_TO = routed_lora(
             self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype),
             stack,

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import ExpertStack, folded_gated, folds, gather_gated, gathers, is_materialised, routed_lora
-from ..routers import ArrowRouter, Routing
-from .prototype_state import optimizer_steps
+from ..ops import bagged, folded_gated, gather_gated, routed_lora, shrink_token, sparse_gated
+from ..routers import Routing
+from .shared_plan import Plan, is_plain, make_plan
 
 
 if TYPE_CHECKING:
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
 
 class Choice(NamedTuple):
-    """What the modules of a group (G) chose for the tokens of one input."""
+    """What the modules of a group (G) chose for the tokens of one input.
+
+    Args:
+        plan (`Plan`): for which it was made.
+        x (`torch.Tensor`): the input (..., I), and its version counter.
+        index_GTK, weights_GTK (`torch.Tensor`): the chosen experts and their weights.
+        gates_GTK (`torch.Tensor`, *optional*): weights times scalings, for the kernels that take those.
+        columns_GTN (`torch.Tensor`, *optional*): the columns of the chosen experts, N = K x rank.
+        gates_GTE (`torch.Tensor`, *optional*): weights times scalings of all experts.
+        made (`Sequence[torch.Tensor]`, *optional*): what all experts, or the chosen ones, make of the input, weighted.
+    """
 
     plan: Plan
     x: torch.Tensor
@@ -32,44 +42,9 @@ class Choice(NamedTuple):
     index_GTK: torch.Tensor
     weights_GTK: torch.Tensor
     gates_GTK: torch.Tensor | None
+    columns_GTN: torch.Tensor | None
     gates_GTE: torch.Tensor | None
-
-
-class Plan(NamedTuple):
-    """What is the same in every call.
-
-    Args:
-        stacks (`tuple[ExpertStack, ...]`): of each module.
-        prototypes (`tuple[nn.Linear, ...]`): of each module.
-        is_folded (`bool`): whether all experts are computed and weighed, and not the chosen ones alone.
-        scaling (`float`, *optional*): of all experts in all modules, where each module has one bank of one rank.
-        chosen_rank (`int`): sum of the ranks of a token's experts, the largest of all modules.
-        calibration (`tuple`, *optional*): mean and spread, (G, 1, E) each.
-        seen (`list`): of each module (linear map, its weight, version counter), for which the prototypes are right.
-        steps (`int`): of optimizers, when the plan was made.
-        dtype (`torch.dtype`): of the factors.
-    """
-
-    stacks: tuple[ExpertStack, ...]
-    prototypes: tuple[nn.Linear, ...]
-    is_folded: bool
-    scaling: float | None
-    chosen_rank: int
-    calibration: tuple[torch.Tensor, torch.Tensor] | None
-    seen: list[list[tuple[nn.Linear, torch.Tensor, int | None]]]
-    steps: int
-    dtype: torch.dtype
-
-    def is_current(self, place: int) -> bool:
-        """Whether the weights of a module are those that the plan was made for."""
-        for linear, weight, version in self.seen[place]:
-            if linear._parameters["weight"] is not weight or (version is not None and weight._version != version):
-                return False
-        return self.steps == optimizer_steps() or not self.trains(place)
-
-    def trains(self, place: int) -> bool:
-        """Whether a weight of a module requires a gradient now."""
-        return any(weight.requires_grad for _, weight, _ in self.seen[place])
+    made: Sequence[torch.Tensor] | None
 
 
 class SharedInput:
@@ -108,21 +83,31 @@ class SharedInput:
             return None
         plan = self.plan
         choice = self._choice(plan, place, x)
-        index_TK, weights_TK = choice.index_GTK[place], choice.weights_GTK[place]
         if layer.recorder is not None:
-            layer.recorder(layer, self.adapter_name, Routing(index_TK, weights_TK), x.shape[:-1])
+            routing = Routing(choice.index_GTK[place], choice.weights_GTK[place])
+            layer.recorder(layer, self.adapter_name, routing, x.shape[:-1])
         if not _is_private(layer, result):
             result = result.clone(memory_format=torch.contiguous_format)
-        x_TI, onto_TO = x.reshape(-1, x.shape[-1]), result.view(-1, layer.out_features)
-        stack = plan.stacks[place]
-        if choice.gates_GTE is not None:
-            folded_gated(x_TI, stack.banks[0], choice.gates_GTE[place], onto_TO)
+        self._apply(choice, place, x.reshape(-1, x.shape[-1]), result.view(-1, layer.out_features))
+        return result
+
+    def _apply(self, choice: Choice, place: int, x_TI: torch.Tensor, onto_TO: torch.Tensor) -> None:
+        """Add what the chosen experts of a module make of the input."""
+        stack = choice.plan.stacks[place]
+        bank = stack.banks[0]
+        if choice.made is not None and choice.columns_GTN is None:
+            onto_TO.addmm_(choice.made[place], bank.lora_B.weight.t())
+        elif choice.made is not None:
+            onto_TO.add_(bagged(choice.made[place], bank.lora_B.weight, choice.columns_GTN[place]))
+        elif choice.gates_GTE is not None:
+            folded_gated(x_TI, bank, choice.gates_GTE[place], onto_TO)
+        elif choice.columns_GTN is not None:
+            sparse_gated(x_TI, bank, choice.columns_GTN[place], choice.gates_GTK[place], onto_TO)
         elif choice.gates_GTK is not None:
-            gather_gated(x_TI, stack.banks[0], index_TK, choice.gates_GTK[place], onto_TO)
+            gather_gated(x_TI, bank, choice.index_GTK[place], choice.gates_GTK[place], onto_TO)
         else:
             options = {"aggregation": "output", "kernel": "auto", "onto_TO": onto_TO}
-            routed_lora(x_TI, stack, index_TK, weights_TK, **options)
-        return result
+            routed_lora(x_TI, stack, choice.index_GTK[place], choice.weights_GTK[place], **options)
 
     def _applies(self, place: int, layer: ArrowLoraLinear, x: torch.Tensor, result: torch.Tensor) -> bool:
         """Whether this path is right for the call; afterwards there is a plan."""
@@ -143,7 +128,7 @@ class SharedInput:
         # the first module of a group looks after all, each other one after itself
         places = range(len(self.members)) if place == 0 else (place,)
         if self.plan is None or not all(map(self.plan.is_current, places)):
-            self.plan = self._make_plan()
+            self.plan = self._new_plan()
         if self.plan is None or self.plan.dtype != x.dtype:
             return False
         return not (torch.is_grad_enabled() and (x.requires_grad or result.requires_grad or self.plan.trains(place)))
@@ -163,13 +148,14 @@ class SharedInput:
 
     def _choose(self, plan: Plan, x: torch.Tensor, version: int) -> Choice:
         selection = self.members[0].routers[self.adapter_name].selection
-        num_experts = plan.stacks[0].num_experts
+        groups, num_experts = len(plan.prototypes), plan.stacks[0].num_experts
         x_TI = x.reshape(-1, x.shape[-1])
-        x_TI = x_TI if x_TI.dtype == torch.float32 else x_TI.float()
-        logits_GTE = x_TI.new_empty(len(plan.prototypes), x_TI.shape[0], num_experts)
-        for logits_TE, linear in zip(logits_GTE, plan.prototypes, strict=True):
-            torch.mm(x_TI, linear.weight.t(), out=logits_TE)
-        logits_GTE.abs_()
+        z_TN = None
+        if plan.joined is not None:
+            z_TN = torch.mm(x_TI, plan.joined.t())
+            logits_GTE = z_TN[:, : groups * num_experts].abs().view(-1, groups, num_experts).transpose(0, 1)
+        else:
+            logits_GTE = _scores(plan, x_TI)
         if plan.calibration is not None:
             mean_G1E, spread_G1E = plan.calibration
             logits_GTE.sub_(mean_G1E).div_(spread_G1E)
@@ -177,54 +163,44 @@ class SharedInput:
         if selection.temperature != 1.0:
             top_GTK = (top_GTK - top_GTK[..., :1]).div_(max(selection.temperature, torch.finfo(torch.float32).tiny))
         weights_GTK = torch.softmax(top_GTK, dim=-1)
-        gates_GTK = gates_GTE = None
-        if plan.scaling is not None and (plan.is_folded or gathers(x_TI.shape[0], plan.chosen_rank)):
-            gates_GTK = weights_GTK * plan.scaling
-            if plan.is_folded:
-                gates_GTE = logits_GTE.zero_().scatter_(2, index_GTK, gates_GTK)
-        return Choice(plan, x, version, index_GTK, weights_GTK, gates_GTK, gates_GTE)
+        return Choice(plan, x, version, index_GTK, weights_GTK, *_prepared(plan, x_TI, z_TN, index_GTK, weights_GTK))
 
-    @torch.no_grad()
-    def _make_plan(self) -> Plan | None:
-        name = self.adapter_name
-        self.is_refused = not all(_is_plain(member, name) for member in self.members)
-        if self.is_refused:
-            return None
-        prototypes = tuple(member.arrow_lora_router[name] for member in self.members)
-        device = prototypes[0].weight.device
-        stacks = tuple(member.stack(name, device) for member in self.members)
-        linears = [linear for stack in stacks for linear in _linears(stack)]
-        weights = [linear.weight for linear in (*prototypes, *linears)]
-        if not is_materialised(*weights) or any(weight.device != device for weight in weights):
-            return None
-        if any(_is_offloaded(module) for member in self.members for module in member.modules()):
-            return None
-        num_chosen = self.members[0].routers[name].width(stacks[0].num_experts)
-        is_folded = all(folds(stack, num_chosen) for stack in stacks)
-        if not is_folded:
-            lay_out_by_expert([bank.lora_B for stack in stacks for bank in stack.banks])
-        for member in self.members:
-            member.check_prototypes(name)
-        calibration, calibrated = None, ()
-        if self.members[0].routers[name].selection.calibrated:
-            calibrated = tuple(member.stored_rows("calibration")[name] for member in self.members)
-            stored = torch.stack([linear.weight for linear in calibrated])
-            calibration = stored[..., 0].unsqueeze(1), stored[..., 1].unsqueeze(1)
-        seen = [
-            [(linear, linear.weight, _version(linear.weight)) for linear in (prototype, *_linears(stack), *calibrated)]
-            for prototype, stack in zip(prototypes, stacks, strict=True)
-        ]
-        return Plan(
-            stacks=stacks,
-            prototypes=prototypes,
-            is_folded=is_folded,
-            scaling=_only_scaling(stacks),
-            chosen_rank=num_chosen * max(bank.ranks[0] for stack in stacks for bank in stack.banks),
-            calibration=calibration,
-            seen=seen,
-            steps=optimizer_steps(),
-            dtype=linears[0].weight.dtype,
-        )
+    def _new_plan(self) -> Plan | None:
+        self.is_refused = not all(is_plain(member, self.adapter_name) for member in self.members)
+        return None if self.is_refused else make_plan(self.members, self.adapter_name)
+
+
+def _scores(plan: Plan, x_TI: torch.Tensor) -> torch.Tensor:
+    """|x . v| of each module's prototypes, float32 (G, T, E)."""
+    x_TI = x_TI if x_TI.dtype == torch.float32 else x_TI.float()
+    logits_GTE = x_TI.new_empty(len(plan.prototypes), x_TI.shape[0], plan.stacks[0].num_experts)
+    for logits_TE, linear in zip(logits_GTE, plan.prototypes, strict=True):
+        torch.mm(x_TI, linear.weight.t(), out=logits_TE)
+    return logits_GTE.abs_()
+
+
+def _prepared(
+    plan: Plan, x_TI: torch.Tensor, z_TN: torch.Tensor | None, index_GTK: torch.Tensor, weights_GTK: torch.Tensor
+) -> tuple:
+    """The last fields of a `Choice`, from what `plan.joined` made of the input."""
+    groups, tokens = index_GTK.shape[:2]
+    if not plan.takes_gates(tokens):
+        return None, None, None, None
+    gates_GTK = weights_GTK * plan.scaling
+    if plan.is_folded:
+        gates_GTE = gates_GTK.new_zeros(groups, tokens, plan.stacks[0].num_experts).scatter_(2, index_GTK, gates_GTK)
+        if z_TN is None:
+            return gates_GTK, None, gates_GTE, None
+        z_TGER = z_TN[:, groups * gates_GTE.shape[2] :].view(tokens, groups, gates_GTE.shape[2], len(plan.columns_R))
+        z_TGER.mul_(gates_GTE.transpose(0, 1).unsqueeze(-1))
+        return gates_GTK, None, gates_GTE, z_TGER.flatten(2).unbind(1)
+    if not plan.can_sparse:
+        return gates_GTK, None, None, None
+    columns_GTN = (index_GTK.unsqueeze(-1) * len(plan.columns_R) + plan.columns_R).flatten(2)
+    if tokens > 1:
+        return gates_GTK, columns_GTN, None, None
+    banks = [stack.banks[0] for stack in plan.stacks]
+    return gates_GTK, columns_GTN, None, shrink_token(x_TI, banks, index_GTK.squeeze(1), gates_GTK.squeeze(1))
 
 
 def shared_inputs(groups: Sequence[Sequence[ArrowLoraLinear]], adapter_name: str) -> list[SharedInput]:
@@ -234,59 +210,6 @@ def shared_inputs(groups: Sequence[Sequence[ArrowLoraLinear]], adapter_name: str
         is_one = len({member.experts[adapter_name].positions for member in group}) == 1
         made += [SharedInput(part, adapter_name) for part in ([group] if is_one else [[member] for member in group])]
     return made
-
-
-def _only_scaling(stacks: Sequence[ExpertStack]) -> float | None:
-    """The scaling of all experts, where each stack is one bank of one rank and they have one scaling."""
-    if any(len(stack.banks) > 1 or not stack.banks[0].constants.is_one_rank for stack in stacks):
-        return None
-    scalings = {scaling for stack in stacks for scaling in stack.banks[0].scalings}
-    return scalings.pop() if len(scalings) == 1 else None
-
-
-def _linears(stack: ExpertStack) -> list[nn.Linear]:
-    return [linear for bank in stack.banks for linear in (bank.lora_A, bank.lora_B)]
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """The version counter, which tensors of inference mode do not have."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate brings the weights in for each call."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
-
-
-def lay_out_by_expert(linears: Sequence[nn.Linear]) -> None:
-    """Change how frozen weights (O, R) lie in memory, and nothing else: as (R, O), so that an expert is one piece.
-
-    In the usual order an expert has a few bytes in each of O rows, and reading one of a thousand is slow. Weights that
-    train keep theirs, because FSDP takes no others.
-    """
-    for linear in linears:
-        weight = linear.weight
-        if weight.is_contiguous() and not weight.requires_grad:
-            with torch.inference_mode(weight.is_inference()):
-                weight.data = weight.data.t().contiguous().t()
-
-
-def _is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:
-    """Whether the layer's settings are those of this path."""
-    router, positions = layer.routers[adapter_name], layer.experts[adapter_name].positions
-    selection, masked = router.selection, layer.masked.get(adapter_name, frozenset())
-    return (
-        type(router) is ArrowRouter
-        and selection.granularity == "token"
-        and selection.null_expert is None
-        and selection.top_p is None
-        and not selection.tied
-        and not masked.intersection(positions)
-        and layer.aggregations[adapter_name] == "output"
-        and layer.kernels[adapter_name] == "auto"
-        and layer.prototype_states[adapter_name].local is None
-    )
 
 
 def _is_private(layer: ArrowLoraLinear, result: torch.Tensor) -> bool:
