@@ -36,7 +36,7 @@ SLAB = 64  # experts of which one maximum is taken: as many as two registers of 
 SHORTEST, LONGEST = 1e-10, 1e10  # lengths between which nothing that matters under- or overflows
 SIGN_OFF = 0x7FFF
 # Measured on one CPU with bfloat16 instructions, see docs/kernels.md.
-FEWEST_EXPERTS, FEWEST_TOKENS = 512, 64
+FEWEST_EXPERTS, FEWEST_TOKENS, LEAST_WIDTH = 768, 256, 256
 
 
 class ScoringIndex(NamedTuple):
@@ -45,7 +45,9 @@ class ScoringIndex(NamedTuple):
     Args:
         prototypes (`tuple[torch.Tensor, ...]`): (E, I) of each module, float32: those given, not copies.
         rounded_GPI (`torch.Tensor`):
-            bfloat16, padded with zeros to P, a multiple of `SLAB`; expert e is at (e % slabs) * SLAB + e // slabs.
+            bfloat16, padded with zeros to P, a multiple of `SLAB`, and shuffled: near copies of an expert, which often
+            come in a row or at even distances, would else share a few slabs, and the k-th maximum would be too low.
+        expert_P (`torch.Tensor`): int64, the expert at each place.
         longest (`tuple[float, ...]`): the largest |p| of each module.
         lost (`tuple[float, ...]`): the largest |dp| of each module.
         is_sound (`bool`): whether the bounds hold; otherwise all tokens are scored in full.
@@ -53,6 +55,7 @@ class ScoringIndex(NamedTuple):
 
     prototypes: tuple[torch.Tensor, ...]
     rounded_GPI: torch.Tensor
+    expert_P: torch.Tensor
     longest: tuple[float, ...]
     lost: tuple[float, ...]
     is_sound: bool
@@ -72,17 +75,18 @@ class TopScores(NamedTuple):
     full_share: float
 
 
-def scores_in_two_stages(tokens: int, experts: int, top_k: int, device: torch.device) -> bool:
+def scores_in_two_stages(tokens: int, experts: int, width: int, top_k: int, device: torch.device) -> bool:
     """Whether two stages were measured to be faster than the full scoring; on GPUs nothing was measured.
 
     Args:
         tokens (`int`): T.
         experts (`int`): E.
+        width (`int`): I.
         top_k (`int`): K.
         device (`torch.device`): where the scores are made.
     """
     is_large = tokens >= FEWEST_TOKENS and experts >= max(FEWEST_EXPERTS, 2 * top_k * SLAB)
-    return is_large and device.type == "cpu" and _multiplies_bfloat16()
+    return is_large and width >= LEAST_WIDTH and device.type == "cpu" and _multiplies_bfloat16()
 
 
 @torch.no_grad()
@@ -100,17 +104,17 @@ def scoring_index(prototypes: Sequence[torch.Tensor]) -> ScoringIndex:
         raise ValueError(f"prototypes must be matrices (E, I) of one shape, at least one; got shapes {shapes}.")
     _accept_sparse()
     kept = tuple(rows_EI.detach().float() for rows_EI in prototypes)
-    (experts, width), slabs = shapes[0], -(-shapes[0][0] // SLAB)
-    rounded_GPI = torch.zeros(len(kept), slabs * SLAB, width, dtype=torch.bfloat16, device=kept[0].device)
+    (experts, width), places = shapes[0], -(-shapes[0][0] // SLAB) * SLAB
+    rounded_GPI = torch.zeros(len(kept), places, width, dtype=torch.bfloat16, device=kept[0].device)
+    expert_P = torch.randperm(places, generator=torch.Generator().manual_seed(0)).to(kept[0].device)
     longest, lost = [], []
     for places_PI, rows_EI in zip(rounded_GPI, kept, strict=True):
-        padded_PI = torch.zeros_like(places_PI)
-        padded_PI[:experts] = rows_EI
-        places_PI.copy_(padded_PI.view(SLAB, slabs, width).transpose(0, 1).reshape(-1, width))
+        places_PI[:experts] = rows_EI
         longest.append(float(rows_EI.norm(dim=1).max()))
-        lost.append(float((rows_EI - padded_PI[:experts].float()).norm(dim=1).max()))
+        lost.append(float((rows_EI - places_PI[:experts].float()).norm(dim=1).max()))
+        places_PI.copy_(places_PI[expert_P])
     is_sound = all(SHORTEST < one < LONGEST for one in longest) and all(one < LONGEST for one in lost)
-    return ScoringIndex(kept, rounded_GPI, tuple(longest), tuple(lost), is_sound)
+    return ScoringIndex(kept, rounded_GPI, expert_P, tuple(longest), tuple(lost), is_sound)
 
 
 @torch.no_grad()
@@ -156,7 +160,7 @@ def top_k_in_two_stages(x_TI: torch.Tensor, index: ScoringIndex, k: int, margin:
         return top_k_in_full(x_TI, index.prototypes, k)
     x_TI = x_TI.float().contiguous()
     bits_GTP, largest_GTS, least_GT, is_open_T = _stage_one(x_TI, index, k, margin)
-    row_N, expert_N = _candidates(bits_GTP, largest_GTS, least_GT)
+    row_N, expert_N = _candidates(bits_GTP, largest_GTS, least_GT, index.expert_P)
     count_GT = torch.bincount(row_N, minlength=least_GT.numel()).view_as(least_GT)
     is_open_T |= (count_GT > max(experts // 8, k)).any(0)
     num_open = int(is_open_T.sum())
@@ -203,14 +207,14 @@ def _stage_one(x_TI: torch.Tensor, index: ScoringIndex, k: int, margin: float):
     return bits_GTP, largest_GTS, cut_GT.masked_fill_(is_open_T, SIGN_OFF).to(torch.int16), is_open_T
 
 
-def _candidates(bits_GTP: torch.Tensor, largest_GTS: torch.Tensor, least_GT: torch.Tensor):
+def _candidates(bits_GTP: torch.Tensor, largest_GTS: torch.Tensor, least_GT: torch.Tensor, expert_P: torch.Tensor):
     """Row g T + t and expert of each candidate, int64 (N,), ordered by row."""
     slabs, least = largest_GTS.shape[-1], least_GT.view(-1)
     hit_H = (largest_GTS >= least_GT.unsqueeze(-1)).view(-1).nonzero().view(-1)
     row_H = hit_H // slabs
     place_N = (bits_GTP.view(-1, SLAB)[hit_H] >= least[row_H].unsqueeze(1)).view(-1).nonzero().view(-1)
     at_N, within_N = place_N // SLAB, place_N % SLAB
-    return row_H[at_N], within_N * slabs + hit_H[at_N] % slabs
+    return row_H[at_N], expert_P[hit_H[at_N] % slabs * SLAB + within_N]
 
 
 def _decide(x_TI: torch.Tensor, index: ScoringIndex, row_N, expert_N, count_GT: torch.Tensor, k: int):

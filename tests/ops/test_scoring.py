@@ -149,6 +149,17 @@ def test_ties_are_scored_in_full():
     same_as_full(draw(12, 20, WIDTH), prototypes)
 
 
+@pytest.mark.parametrize("families", [5, 8, 64])
+@pytest.mark.parametrize("in_a_row", [False, True])
+def test_families_of_like_experts_are_not_scored_in_full(families, in_a_row):
+    member_E = torch.arange(E) * families // E if in_a_row else torch.arange(E) % families
+    rows_EI = unit(unit(draw(28, families, WIDTH))[member_E] + 0.3 * unit(draw(29, E, WIDTH)))
+    x_TI = draw(30, 50, WIDTH)
+    found = top_k_in_two_stages(x_TI, scoring_index([rows_EI]), K)
+    check(found, x_TI, [rows_EI])
+    assert found.full_share < 0.2
+
+
 def test_some_duplicates():
     rows_EI = unit(draw(13, E, WIDTH))
     rows_EI[100:120] = rows_EI[5]
@@ -229,10 +240,11 @@ def test_what_is_refused():
 def test_where_it_is_worth_it(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
-    assert scores_in_two_stages(512, 1000, K, cpu)
-    assert not scores_in_two_stages(1, 1000, K, cpu)
-    assert not scores_in_two_stages(512, 128, K, cpu)
-    assert not scores_in_two_stages(512, 1000, 64, cpu)
-    assert not scores_in_two_stages(512, 1000, K, torch.device("cuda"))
+    assert scores_in_two_stages(512, 1000, 576, K, cpu)
+    assert not scores_in_two_stages(512, 1000, 32, K, cpu)
+    assert not scores_in_two_stages(1, 1000, 576, K, cpu)
+    assert not scores_in_two_stages(512, 128, 576, K, cpu)
+    assert not scores_in_two_stages(512, 1000, 576, 64, cpu)
+    assert not scores_in_two_stages(512, 1000, 576, K, torch.device("cuda"))
     monkeypatch.setattr(scoring, "_multiplies_bfloat16", lambda: False)
-    assert not scores_in_two_stages(512, 1000, K, cpu)
+    assert not scores_in_two_stages(512, 1000, 576, K, cpu)
