@@ -36,7 +36,7 @@ SLAB = 64  # experts of which one maximum is taken: as many as two registers of 
 SHORTEST, LONGEST = 1e-10, 1e10  # lengths between which nothing that matters under- or overflows
 SIGN_OFF = 0x7FFF
 # Measured on one CPU with bfloat16 instructions, see docs/kernels.md.
-FEWEST_EXPERTS, FEWEST_TOKENS, LEAST_WIDTH = 768, 256, 256
+FEWEST_EXPERTS, FEWEST_TOKENS, WIDTHS = 768, 512, range(256, 1025)
 
 
 class ScoringIndex(NamedTuple):
@@ -86,7 +86,7 @@ def scores_in_two_stages(tokens: int, experts: int, width: int, top_k: int, devi
         device (`torch.device`): where the scores are made.
     """
     is_large = tokens >= FEWEST_TOKENS and experts >= max(FEWEST_EXPERTS, 2 * top_k * SLAB)
-    return is_large and width >= LEAST_WIDTH and device.type == "cpu" and _multiplies_bfloat16()
+    return is_large and width in WIDTHS and device.type == "cpu" and _multiplies_bfloat16()
 
 
 @torch.no_grad()

@@ -242,6 +242,7 @@ def test_where_it_is_worth_it(monkeypatch):
     monkeypatch.setattr(scoring, "_multiplies_bfloat16", lambda: True)
     assert scores_in_two_stages(512, 1000, 576, K, cpu)
     assert not scores_in_two_stages(512, 1000, 32, K, cpu)
+    assert not scores_in_two_stages(512, 1000, 1536, K, cpu)
     assert not scores_in_two_stages(1, 1000, 576, K, cpu)
     assert not scores_in_two_stages(512, 128, 576, K, cpu)
     assert not scores_in_two_stages(512, 1000, 576, 64, cpu)
