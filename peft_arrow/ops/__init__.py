@@ -11,6 +11,7 @@ from .eager import eager
 from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
+from .scoring import ScoringIndex, TopScores, scores_in_two_stages, scoring_index, top_k_in_two_stages
 from .sparse import SPARSE_DTYPES, bagged, is_sparse, shrink_token, sparse, sparse_gated
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants, is_materialised
 from .triton import triton
@@ -116,6 +117,8 @@ __all__ = [
     "BankConstants",
     "ExpertBank",
     "ExpertStack",
+    "ScoringIndex",
+    "TopScores",
     "bagged",
     "bank_constants",
     "check_kernel",
@@ -127,7 +130,10 @@ __all__ = [
     "is_sparse",
     "log_choice",
     "routed_lora",
+    "scores_in_two_stages",
+    "scoring_index",
     "select_kernel",
     "shrink_token",
     "sparse_gated",
+    "top_k_in_two_stages",
 ]

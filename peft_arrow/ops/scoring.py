@@ -24,12 +24,12 @@ zero input among them) and those with more than an eighth of the experts as cand
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from .sparse import quieten
 
 
 SLAB = 64  # experts of which one maximum is taken: as many as two registers of int16 hold
@@ -102,7 +102,7 @@ def scoring_index(prototypes: Sequence[torch.Tensor]) -> ScoringIndex:
     shapes = [tuple(rows_EI.shape) for rows_EI in prototypes]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"prototypes must be matrices (E, I) of one shape, at least one; got shapes {shapes}.")
-    _accept_sparse()
+    quieten()
     kept = tuple(rows_EI.detach().float() for rows_EI in prototypes)
     (experts, width), places = shapes[0], -(-shapes[0][0] // SLAB) * SLAB
     rounded_GPI = torch.zeros(len(kept), places, width, dtype=torch.bfloat16, device=kept[0].device)
@@ -244,11 +244,3 @@ def _multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     )
-
-
-@cache
-def _accept_sparse() -> None:
-    """Make one sparse matrix, so that torch says here, to nobody, that those are new; it says so once a process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

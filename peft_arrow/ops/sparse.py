@@ -141,14 +141,14 @@ def _borrowed(rows: int, like: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _starts(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each row of a matrix with `width` places a row starts, with the end and without."""
-    _quieten()
+    quieten()
     with torch.inference_mode(False):
         starts = torch.arange(tokens + 1) * width
         return starts, starts[:-1]
 
 
 @cache
-def _quieten() -> None:
+def quieten() -> None:
     """Make the first sparse tensor of the process, at which torch warns that sparse tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

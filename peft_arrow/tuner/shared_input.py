@@ -14,7 +14,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import bagged, folded_gated, gather_gated, routed_lora, shrink_token, sparse_gated
+from ..ops import (
+    ScoringIndex,
+    bagged,
+    folded_gated,
+    gather_gated,
+    routed_lora,
+    scores_in_two_stages,
+    scoring_index,
+    shrink_token,
+    sparse_gated,
+    top_k_in_two_stages,
+)
 from ..routers import Routing
 from .shared_plan import Plan, is_plain, make_plan
 
@@ -65,6 +76,7 @@ class SharedInput:
         self.plan: Plan | None = None
         self.is_refused = False
         self._choices: dict[int, Choice] = {}
+        self._indexed: tuple[Plan, ScoringIndex] | None = None
 
     def __getstate__(self) -> dict:
         return {"members": self.members, "adapter_name": self.adapter_name}
@@ -149,21 +161,32 @@ class SharedInput:
     def _choose(self, plan: Plan, x: torch.Tensor, version: int) -> Choice:
         selection = self.members[0].routers[self.adapter_name].selection
         groups, num_experts = len(plan.prototypes), plan.stacks[0].num_experts
-        x_TI = x.reshape(-1, x.shape[-1])
+        x_TI, num_chosen = x.reshape(-1, x.shape[-1]), min(selection.top_k, num_experts)
         z_TN = None
-        if plan.joined is not None:
-            z_TN = torch.mm(x_TI, plan.joined.t())
-            logits_GTE = z_TN[:, : groups * num_experts].abs().view(-1, groups, num_experts).transpose(0, 1)
+        if plan.calibration is None and scores_in_two_stages(
+            len(x_TI), num_experts, x.shape[-1], num_chosen, x.device
+        ):
+            top_GTK, index_GTK = top_k_in_two_stages(x_TI, self._index(plan), num_chosen)[:2]
         else:
-            logits_GTE = _scores(plan, x_TI)
-        if plan.calibration is not None:
-            mean_G1E, spread_G1E = plan.calibration
-            logits_GTE.sub_(mean_G1E).div_(spread_G1E)
-        top_GTK, index_GTK = torch.topk(logits_GTE, min(selection.top_k, num_experts), dim=-1)
+            if plan.joined is not None:
+                z_TN = torch.mm(x_TI, plan.joined.t())
+                logits_GTE = z_TN[:, : groups * num_experts].abs().view(-1, groups, num_experts).transpose(0, 1)
+            else:
+                logits_GTE = _scores(plan, x_TI)
+            if plan.calibration is not None:
+                mean_G1E, spread_G1E = plan.calibration
+                logits_GTE.sub_(mean_G1E).div_(spread_G1E)
+            top_GTK, index_GTK = torch.topk(logits_GTE, num_chosen, dim=-1)
         if selection.temperature != 1.0:
             top_GTK = (top_GTK - top_GTK[..., :1]).div_(max(selection.temperature, torch.finfo(torch.float32).tiny))
         weights_GTK = torch.softmax(top_GTK, dim=-1)
         return Choice(plan, x, version, index_GTK, weights_GTK, *_prepared(plan, x_TI, z_TN, index_GTK, weights_GTK))
+
+    def _index(self, plan: Plan) -> ScoringIndex:
+        """The prototypes as scoring in two stages takes them, made when they are first needed."""
+        if self._indexed is None or self._indexed[0] is not plan:
+            self._indexed = plan, scoring_index([linear.weight for linear in plan.prototypes])
+        return self._indexed[1]
 
     def _new_plan(self) -> Plan | None:
         self.is_refused = not all(is_plain(member, self.adapter_name) for member in self.members)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_arrow import ArrowLoraConfig
+from peft_arrow import ArrowLoraConfig, ArrowLoraModel
 from peft_arrow.tuner import shared_input
-from tests.pico import pico_base
+from tests.pico import pico_adapter, pico_base
 
 
 IDS = torch.arange(3, 51).view(2, 24) % 60
@@ -72,6 +72,43 @@ def test_calibrated(size, taken):
     model.set_kernel("eager")
     for layer, x, ours in zip(layers, inputs, short, strict=True):
         assert float((layer(x) - ours).abs().max()) <= 1e-5 * float(ours.abs().max())
+
+
+@torch.no_grad()
+def test_many_experts_are_scored_in_two_stages(taken, monkeypatch):
+    """With the same result; the policy asks for more tokens and wider modules than a pico base has."""
+    calls, two_stages = [], shared_input.top_k_in_two_stages
+    monkeypatch.setattr(shared_input, "scores_in_two_stages", lambda *_: True)
+    monkeypatch.setattr(
+        shared_input, "top_k_in_two_stages", lambda *args: calls.append(two_stages(*args)) or calls[-1]
+    )
+    model = make(num_experts=560, r=2, top_k=3)
+    short = model(input_ids=IDS).logits
+    assert len(taken) == 14 and len(calls) == 8 and all(call.full_share < 0.5 for call in calls)
+    layer = model.get_submodule(f"{ROUTED}.k_proj")
+    layer.arrow_lora_A["default"].weight.mul_(1.5).add_(0.01)  # prototypes, and what is made of them, follow
+    changed = model(input_ids=IDS).logits
+    model.set_kernel("eager")
+    general = model(input_ids=IDS).logits
+    assert not torch.equal(short, changed)
+    assert float((changed - general).abs().max()) <= 1e-4 * float(general.abs().max())
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+@torch.no_grad()
+def test_modules_of_one_group_with_other_ranks(taken, tmp_path, top_k):
+    """One product and one choice serve modules of one rank; others go by the tables of each."""
+    lora = {"r": 4, "rank_pattern": {"v_proj": 20}, "alpha_pattern": {"up_proj": 3}, "target_modules": "all-linear"}
+    folders = [pico_adapter(tmp_path / str(seed), seed=seed, **lora) for seed in range(5)]
+    model = ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=top_k)
+    for ids in (IDS, IDS[:1, :1]):
+        taken.clear()
+        model.set_kernel("auto")
+        short = model(input_ids=ids).logits
+        assert len(taken) == 14
+        model.set_kernel("eager")
+        general = model(input_ids=ids).logits
+        assert float((short - general).abs().max()) <= 1e-5 * float(general.abs().max())
 
 
 @torch.no_grad()
