@@ -286,6 +286,7 @@ def _is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:
         and layer.aggregations[adapter_name] == "output"
         and layer.kernels[adapter_name] == "auto"
         and layer.prototype_states[adapter_name].local is None
+        and not layer.uses_slots(adapter_name, layer.arrow_lora_router[adapter_name].weight.device)
     )
 
 

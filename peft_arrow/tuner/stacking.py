@@ -1,0 +1,140 @@
+"""From checked adapters to stacks of factors, in memory or in a store, read file after file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from ..library.adapter import Adapter
+from ..library.base_modules import BaseModules
+from ..library.lora import LoraContent
+from .bank import FactorStacks, bank_shapes
+from .config import ArrowLoraConfig
+from .expert_store import ExpertStore, Paging, check_any_frozen, discarded_on_failure
+from .fitting import read_on_base
+
+
+class StoreRequest(NamedTuple):
+    """How experts are to be paged, of which PEFT adapter, and PEFT's `autocast_adapter_dtype`."""
+
+    paging: Paging
+    adapter_name: str
+    autocast: bool
+
+
+@dataclass
+class ResolvedExperts:
+    """What `resolve` found.
+
+    Args:
+        config (`ArrowLoraConfig`): a copy of the user's config with names, layouts and target modules filled in.
+        stacks (`dict[str, FactorStacks]`, *optional*): the weights by module; None for a saved model or fresh experts.
+        head (`dict[str, torch.Tensor]`): the fully trained modules that an adapter brings, by parameter name.
+        store (`ExpertStore`, *optional*): where the stacks of paged experts rest.
+    """
+
+    config: ArrowLoraConfig
+    stacks: dict[str, FactorStacks] | None = None
+    head: dict[str, torch.Tensor] = field(default_factory=dict)
+    store: ExpertStore | None = None
+
+    def take(self, module: str) -> FactorStacks | None:
+        """The module's weights, handed over, so that a change of their dtype later does not need both in memory."""
+        return None if self.stacks is None else self.stacks.pop(module)
+
+
+def read_stacks(
+    config: ArrowLoraConfig,
+    adapters: list[Adapter],
+    outlines: list[LoraContent],
+    base: BaseModules,
+    request: StoreRequest | None,
+) -> ResolvedExperts:
+    """Read adapter after adapter into the stacks; none is in memory while the next is read.
+
+    Args:
+        config (`ArrowLoraConfig`): resolved.
+        adapters (`list[Adapter]`): what to read, in the order of the experts.
+        outlines (`list[LoraContent]`): of each the shapes.
+        base (`BaseModules`): of the base.
+        request (`StoreRequest`, *optional*): have the frozen experts paged.
+    """
+    index = config.layout_index()
+    wanted = {}
+    for module in sorted(index.modules):
+        experts = index.experts(module)
+        factors = [outlines[position].factors[module] for position in experts.positions]
+        wanted[module] = experts, [(factor.lora_A, factor.lora_B) for factor in factors]
+    store = None if request is None else _open(request, wanted, base, is_main=config.inference_mode)
+    with discarded_on_failure(store):
+        stacks = {module: FactorStacks(*one, store=store, module=module) for module, one in wanted.items()}
+        resolved = ResolvedExperts(config, stacks, store=store)
+        progress = tqdm(adapters, desc="Reading adapters", disable=len(adapters) < 20)
+        for position, adapter in enumerate(progress):
+            _read_one(resolved, position, adapter, outlines, base)
+        if store is not None:
+            store.finish()
+    return resolved
+
+
+def _open(request: StoreRequest, wanted: dict[str, tuple], base: BaseModules, is_main: bool) -> ExpertStore:
+    """A store for one of the banks, in the dtype that PEFT would give them: float32, or that of the base layer."""
+    final = {}
+    for module, one in wanted.items():
+        shape = bank_shapes(*one).get(is_main)
+        if shape is None:
+            continue
+        dtype, base_layer = shape.dtype, base.modules[module]
+        base_dtype = getattr(base_layer, "compute_dtype", None) or getattr(
+            getattr(base_layer, "weight", None), "dtype", None
+        )
+        if request.autocast:
+            dtype = torch.float32 if dtype.itemsize < 4 else dtype
+        elif base_dtype is not None and base_dtype.is_floating_point:
+            dtype = base_dtype
+        final[module, is_main] = shape._replace(dtype=dtype)
+    check_any_frozen(request.adapter_name, final)
+    return ExpertStore(request.paging, request.adapter_name, final)
+
+
+def _read_one(
+    resolved: ResolvedExperts, position: int, adapter: Adapter, outlines: list[LoraContent], base: BaseModules
+) -> None:
+    content = read_on_base(adapter, base)
+    for module in outlines[position].factors:
+        factor = content.factors[module]
+        resolved.stacks[module].put(position, factor.lora_A, factor.lora_B)
+    if content.saved:
+        _keep_head(resolved, adapter.name, content.saved, outlines)
+
+
+def head_owners(config: ArrowLoraConfig, outlines: list[LoraContent]) -> list[str]:
+    """The experts that bring fully trained modules."""
+    return [name for name, outline in zip(config.expert_names, outlines, strict=True) if outline.saved]
+
+
+def _keep_head(
+    resolved: ResolvedExperts, name: str, saved: dict[str, torch.Tensor], outlines: list[LoraContent]
+) -> None:
+    """Keep the one head that the routed model gets: the chosen expert's, or the one that all experts share.
+
+    Raises:
+        ValueError: experts bring different ones and `modules_to_save_from` does not say whose to take.
+    """
+    chosen = resolved.config.modules_to_save_from
+    if name == chosen or (chosen is None and not resolved.head):
+        resolved.head = saved
+    elif chosen is None and not _same_tensors(saved, resolved.head):
+        owners = head_owners(resolved.config, outlines)
+        raise ValueError(
+            f"the experts {owners[0]!r} and {name!r} bring different trained modules "
+            f"({', '.join(sorted(resolved.head))}), and a routed model has one of each; pass "
+            f"modules_to_save_from=<name of the expert whose to take>; allowed are {owners}."
+        )
+
+
+def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
