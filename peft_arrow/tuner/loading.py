@@ -79,7 +79,8 @@ def from_pretrained(
     defaults = AdapterRef("", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     located = list_locations(adapters, defaults)
     config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
-    config._paging = None if expert_store is None else check_paging(expert_store, hot_experts, "expert_store")
+    if expert_store is not None:
+        config._paging = check_paging(expert_store, hot_experts, "expert_store", autocast_adapter_dtype)
     model = _load_base(base, config.task_type, base_model_kwargs or {})
     _check_bare(model)
     routed = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)

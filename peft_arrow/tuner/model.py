@@ -86,7 +86,7 @@ class ArrowLoraModel(RouterMethods, EditingMixin, PagingMixin, BaseTuner):
     ) -> None:
         """As in PEFT; the config is copied, and all adapters are read and checked before the model is changed."""
         self.__dict__.setdefault("expert_stores", {})
-        resolved = resolve(self.peft_config[adapter_name], model, adapter_name, autocast_adapter_dtype)
+        resolved = resolve(self.peft_config[adapter_name], model, adapter_name)
         for module in model.modules():  # TRL copies the policy's parameters, prototypes too, into its reference
             if isinstance(module, ArrowLoraLayer):
                 module.build_prototypes()

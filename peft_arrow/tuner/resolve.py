@@ -29,9 +29,7 @@ logger = logging.getLogger(__name__)
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
-def resolve(
-    config: ArrowLoraConfig, model: nn.Module, adapter_name: str = "default", autocast: bool = True
-) -> ResolvedExperts:
+def resolve(config: ArrowLoraConfig, model: nn.Module, adapter_name: str = "default") -> ResolvedExperts:
     """Read and check everything a config asks for.
 
     Adapters are looked at twice: the configs and the headers of all files are checked, then room is made for the
@@ -42,7 +40,6 @@ def resolve(
         config (`ArrowLoraConfig`): the user's.
         model (`nn.Module`): the base.
         adapter_name (`str`): the PEFT adapter, for the name of a store's file.
-        autocast (`bool`): PEFT's `autocast_adapter_dtype`; paged experts are made in their final dtype.
 
     Raises:
         ValueError: no experts, or an adapter that does not fit the base; the message names the adapter, the module and
@@ -50,7 +47,7 @@ def resolve(
     """
     if config.adapters is not None:
         paging = config.__dict__.pop("_paging", None)
-        request = None if paging is None else StoreRequest(paging, adapter_name, autocast)
+        request = None if paging is None else StoreRequest(paging, adapter_name)
         return _resolve_adapters(config, model, request)
     if config.layouts is not None:
         resolved = copy.copy(config)

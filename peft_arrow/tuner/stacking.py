@@ -18,11 +18,10 @@ from .fitting import read_on_base
 
 
 class StoreRequest(NamedTuple):
-    """How experts are to be paged, of which PEFT adapter, and PEFT's `autocast_adapter_dtype`."""
+    """How the experts of which PEFT adapter are to be paged."""
 
     paging: Paging
     adapter_name: str
-    autocast: bool
 
 
 @dataclass
@@ -91,7 +90,7 @@ def _open(request: StoreRequest, wanted: dict[str, tuple], base: BaseModules, is
         base_dtype = getattr(base_layer, "compute_dtype", None) or getattr(
             getattr(base_layer, "weight", None), "dtype", None
         )
-        if request.autocast:
+        if request.paging.autocast:
             dtype = torch.float32 if dtype.itemsize < 4 else dtype
         elif base_dtype is not None and base_dtype.is_floating_point:
             dtype = base_dtype
