@@ -192,7 +192,7 @@ class StoreFile:
         self._state = {"path": draft}
         self._remove = weakref.finalize(self, _remove_file, self._state, descriptor, os.getpid())
         try:
-            os.pwrite(descriptor, header, 0)
+            os.write(descriptor, header)
             _reserve(descriptor, size)
             self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE)
         except OSError:
@@ -254,7 +254,8 @@ def _locked_draft(folder: Path, label: str) -> tuple[int, Path]:
         draft = folder / f"{PREFIX}-{label}-{secrets.token_hex(8)}.safetensors.draft"
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody removes files there
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         if draft.exists():  # another process may have taken it for abandoned before it was locked
             return descriptor, draft
         os.close(descriptor)

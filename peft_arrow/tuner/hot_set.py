@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .layer import ArrowLoraLinear
 
 
+# Choices that are read one by one; of more, the distinct ones are found on the device first.
+FEW_CHOICES = 256
+
+
 def paged_bank(layer: ArrowLoraLinear, adapter_name: str) -> bool | None:
     """Which bank of the layer is paged (True: the main one); None where none is."""
     experts = layer.experts[adapter_name]
@@ -88,6 +92,7 @@ class Slots:
         self.experts, is_main = layer.experts[adapter_name], paged_bank(layer, adapter_name)
         self.key = self.key_of(layer, adapter_name, device)
         self.members = self.experts.bank(is_main)
+        self._member_set = frozenset(self.members)
         self.lora_A, self.lora_B = (half.weight for half in bank_modules(layer, adapter_name, is_main))
         self.scale, self.size = layer.scales[adapter_name], max(1, min(size, len(self.members)))
         self.slot_of: OrderedDict[int, int] = OrderedDict()
@@ -137,9 +142,9 @@ class Slots:
 
     def wanted(self, index_TK: torch.Tensor) -> list[int]:
         """The paged experts among the chosen, those in slots first; reads from the device."""
-        members = set(self.members)
-        chosen = [e for e in index_TK.unique().tolist() if e in members]
-        return sorted(chosen, key=lambda e: e not in self.slot_of)
+        few = index_TK.numel() <= FEW_CHOICES
+        found = set((index_TK.flatten() if few else index_TK.unique()).tolist())
+        return sorted(found & self._member_set, key=lambda e: (e not in self.slot_of, e))
 
     @torch.no_grad()
     def bring(self, experts: Sequence[int]) -> None:

@@ -21,21 +21,33 @@ if TYPE_CHECKING:
 class PagedLayerMixin:
     """The part of a layer that applies experts, wherever they rest."""
 
+    def paged_weights(self, adapter_name: str) -> list[torch.Tensor]:
+        """The factors of the paged bank: A (R, I) and B (O, R); empty where nothing is paged."""
+        if adapter_name not in self.pages:
+            return []
+        return [half.weight for half in bank_modules(self, adapter_name, paged_bank(self, adapter_name))]
+
     def uses_slots(self, adapter_name: str, device: torch.device) -> bool:
         """Whether the adapter's experts have to be brought to this device to be used there."""
-        if adapter_name not in self.pages:
-            return False
-        resting = bank_modules(self, adapter_name, paged_bank(self, adapter_name))[0].weight.device
-        return needs_slots(resting, device)
+        return any(needs_slots(weight.device, device) for weight in self.paged_weights(adapter_name))
 
     def apply_experts(
         self, adapter_name: str, x_TI: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted expert outputs, (T, O); arguments as for `routed_lora`."""
+        """The weighted expert outputs, (T, O); arguments as for `routed_lora`.
+
+        Raises:
+            ValueError: paged experts are to be trained.
+        """
+        paged = self.paged_weights(adapter_name)
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in paged):
+            raise ValueError(
+                f"requires_grad=True is not allowed for the paged experts of {adapter_name!r}, which are frozen; call "
+                "model.unpage_experts() first."
+            )
         options = {"aggregation": self.aggregations[adapter_name], "kernel": self.kernels[adapter_name]}
         if self.uses_slots(adapter_name, x_TI.device):
-            dtype = bank_modules(self, adapter_name, paged_bank(self, adapter_name))[0].weight.dtype
-            x_TI = self._cast_input_dtype(x_TI, dtype)
+            x_TI = self._cast_input_dtype(x_TI, paged[0].dtype)
             return self.pages[adapter_name].apply(self, adapter_name, x_TI, index_TK, weights_TK, options)
         stack = self.stack(adapter_name, x_TI.device)
         x_TI = self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype)

@@ -343,6 +343,14 @@ def test_activating_a_paged_adapter_does_not_make_it_trainable(folders):
     assert not any(p.requires_grad for p in paged_parameters(model).values())
 
 
+def test_training_paged_experts_is_refused(folders, way):
+    model = ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=2, expert_store="cpu")
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match="unpage_experts"):
+        model(input_ids=IDS)
+    logits_of(model)
+
+
 @pytest.mark.parametrize("hot", [0, -1, 2.0, True, None])
 def test_hot_experts_is_checked(folders, hot):
     model = ArrowLoraModel.from_pretrained(pico_base(), folders)
@@ -460,6 +468,11 @@ def test_bytes_of_an_expert(folders, tmp_path, slots):
         values["model.layers.0.self_attn.q_proj.main.lora_B_t"].t(), parameters[f"{Q}.arrow_lora_B.default"]
     )
     assert prototypes == sum(layer.arrow_lora_router["default"].weight.untyped_storage().nbytes() for layer in layers)
+    for layer, name in zip(layers, modules, strict=True):
+        (fields,) = (fields for _, fields in layer._columns("default", torch.device("cpu")))
+        tables = [value for value in vars(fields["constants"]).values() if isinstance(value, torch.Tensor)]
+        largest = (len(ranks[name]) + 1) * max(ranks[name])
+        assert sum(table.nbytes for table in tables) == 12 * sum(ranks[name]) + 12 * largest
     found = [layer.pages["default"].slots for layer in layers]
     assert hot == sum(half.untyped_storage().nbytes() for one in found for half in (one.A_HrI, one.B_HrO))
 
