@@ -15,7 +15,7 @@ from ..routers import Router
 from .bank import BANKS, FactorStacks, add_bank, bank_fields, bank_modules
 from .hot_set import HotSet
 from .layouts import LayerExperts
-from .paging import PagedLayerMixin
+from .paged_layer import PagedLayerMixin
 from .prototype_state import PrototypeState
 from .prototypes import STORED, PrototypeLinear, PrototypeMixin
 from .requests import RequestTracker

@@ -20,7 +20,7 @@ from transformers import (
 
 from ..library.adapter import AdapterRef, list_locations
 from .config import ArrowLoraConfig
-from .expert_store import check_paging
+from .store_options import check_paging
 
 
 AUTO_CLASSES = {
@@ -73,9 +73,7 @@ def from_pretrained(
         TypeError: an unknown option.
         ValueError: an adapter cannot be read or does not fit; the base is then as it was.
     """
-    _check_known(options)
-    if adapters is None:
-        raise ValueError("adapters=None is not allowed; pass a list of references or a dict name -> reference.")
+    _check_arguments(adapters, options)
     defaults = AdapterRef("", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     located = list_locations(adapters, defaults)
     config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
@@ -87,11 +85,13 @@ def from_pretrained(
     return routed if is_trainable else routed.eval()
 
 
-def _check_known(options: dict[str, Any]) -> None:
+def _check_arguments(adapters: Any, options: dict[str, Any]) -> None:
     allowed = [f.name for f in fields(ArrowLoraConfig) if f.name not in NOT_OPTIONS]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(f"from_pretrained got an unknown argument {unknown[0]!r}; allowed are {', '.join(allowed)}.")
+    if adapters is None:
+        raise ValueError("adapters=None is not allowed; pass a list of references or a dict name -> reference.")
 
 
 def _load_base(base: nn.Module | str | PathLike, task_type: str | None, kwargs: dict[str, Any]) -> nn.Module:

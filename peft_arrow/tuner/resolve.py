@@ -19,8 +19,9 @@ from ..library.lora_config import check_config
 from ..library.reading import Location
 from .config import ArrowLoraConfig
 from .fitting import outline_on_base
+from .heads import head_owners
 from .layouts import make_layout
-from .stacking import ResolvedExperts, StoreRequest, head_owners, read_stacks
+from .stacking import ResolvedExperts, StoreRequest, read_stacks
 
 
 logger = logging.getLogger(__name__)

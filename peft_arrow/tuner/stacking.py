@@ -13,8 +13,10 @@ from ..library.base_modules import BaseModules
 from ..library.lora import LoraContent
 from .bank import FactorStacks, bank_shapes
 from .config import ArrowLoraConfig
-from .expert_store import ExpertStore, Paging, check_any_frozen, discarded_on_failure
+from .expert_store import ExpertStore, check_any_frozen, discarded_on_failure
 from .fitting import read_on_base
+from .heads import kept_head
+from .store_options import Paging
 
 
 class StoreRequest(NamedTuple):
@@ -87,9 +89,8 @@ def _open(request: StoreRequest, wanted: dict[str, tuple], base: BaseModules, is
         if shape is None:
             continue
         dtype, base_layer = shape.dtype, base.modules[module]
-        base_dtype = getattr(base_layer, "compute_dtype", None) or getattr(
-            getattr(base_layer, "weight", None), "dtype", None
-        )
+        weight = getattr(base_layer, "weight", None)
+        base_dtype = getattr(base_layer, "compute_dtype", None) or getattr(weight, "dtype", None)
         if request.paging.autocast:
             dtype = torch.float32 if dtype.itemsize < 4 else dtype
         elif base_dtype is not None and base_dtype.is_floating_point:
@@ -107,33 +108,4 @@ def _read_one(
         factor = content.factors[module]
         resolved.stacks[module].put(position, factor.lora_A, factor.lora_B)
     if content.saved:
-        _keep_head(resolved, adapter.name, content.saved, outlines)
-
-
-def head_owners(config: ArrowLoraConfig, outlines: list[LoraContent]) -> list[str]:
-    """The experts that bring fully trained modules."""
-    return [name for name, outline in zip(config.expert_names, outlines, strict=True) if outline.saved]
-
-
-def _keep_head(
-    resolved: ResolvedExperts, name: str, saved: dict[str, torch.Tensor], outlines: list[LoraContent]
-) -> None:
-    """Keep the one head that the routed model gets: the chosen expert's, or the one that all experts share.
-
-    Raises:
-        ValueError: experts bring different ones and `modules_to_save_from` does not say whose to take.
-    """
-    chosen = resolved.config.modules_to_save_from
-    if name == chosen or (chosen is None and not resolved.head):
-        resolved.head = saved
-    elif chosen is None and not _same_tensors(saved, resolved.head):
-        owners = head_owners(resolved.config, outlines)
-        raise ValueError(
-            f"the experts {owners[0]!r} and {name!r} bring different trained modules "
-            f"({', '.join(sorted(resolved.head))}), and a routed model has one of each; pass "
-            f"modules_to_save_from=<name of the expert whose to take>; allowed are {owners}."
-        )
-
-
-def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        resolved.head = kept_head(resolved.config, resolved.head, adapter.name, content.saved, outlines)

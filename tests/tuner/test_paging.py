@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 
 from peft_arrow import ArrowLoraConfig, ArrowLoraModel
-from peft_arrow.tuner import ArrowLoraLayer, hot_set, paging
+from peft_arrow.tuner import ArrowLoraLayer, hot_set, paged_layer
 from peft_arrow.tuner.bank import PagedLinear
 from tests.pico import pico_adapter, pico_base
 
@@ -44,14 +44,14 @@ def equal_folders(tmp_path_factory) -> list[str]:
 @pytest.fixture
 def slots(monkeypatch):
     """As if experts rested on another device than the one that computes."""
-    monkeypatch.setattr(paging, "needs_slots", lambda resting, computing: True)
+    monkeypatch.setattr(paged_layer, "needs_slots", lambda resting, computing: True)
 
 
 @pytest.fixture(params=["at hand", "in slots"])
 def way(request, monkeypatch):
     """Both ways of using paged experts."""
     if request.param == "in slots":
-        monkeypatch.setattr(paging, "needs_slots", lambda resting, computing: True)
+        monkeypatch.setattr(paged_layer, "needs_slots", lambda resting, computing: True)
     return request.param
 
 
