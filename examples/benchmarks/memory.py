@@ -2,6 +2,7 @@
 
     python examples/benchmarks/memory.py                             # SmolLM2-135M, 512 tokens, minutes
     python examples/benchmarks/memory.py --experts 8 32 --adapters my-library --output results
+    python examples/benchmarks/memory.py --experts 64 --paged        # resident memory, paged to a folder and not
     python examples/benchmarks/memory.py --smoke
 
 How it is measured: every operator that runs while a routed layer is in its forward is watched below autograd
@@ -12,8 +13,11 @@ count alike for all sides, and what an operator allocates for itself and frees b
 the memory of the process, which an allocator rounds and keeps. Nothing is timed here.
 
 Also the bytes of one expert: rank x (I + O) numbers a module in the dtype of the base, and a prototype of I numbers in
-float32; beside it what the parameters of the routed model hold. Each layer of each side is compared before, as in
-model.py.
+float32; beside it what the parameters of the routed model hold. With --paged also what loading the experts from their
+files, building prototypes and one prefill add to the resident memory of a process of its own: private memory (RssAnon)
+and mapped files (RssFile), with the experts in memory and with `expert_store=<folder>`.
+
+Each layer of each side is compared before, as in model.py.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from sides.bases import linear_modules
 from sides.experts import expert_bytes
 from sides.measure import inference_field, measure_memory
 from sides.options import experts_of, is_issue_setting, settle, shared_options
+from sides.paged import measure_paged, told_paged
 from sides.plots import plot_curves
 from sides.report import stop_if_different
 from sides.runs import run_all
@@ -83,6 +88,10 @@ def run(setting: Setting, routing: str, count: int) -> list[dict]:
         flush=True,
     )
     rows.append({"work": "bytes an expert", "experts": count, "routing": routing, "side": OURS, **each})
+    if args.paged:
+        paged = measure_paged(args, setting.base, experts)
+        print(told_paged(paged), flush=True)
+        rows += [{"routing": routing, **row} for row in paged]
     return rows
 
 
@@ -90,8 +99,9 @@ def options() -> argparse.Namespace:
     """What the command line says."""
     parser = shared_options(__doc__, [8, 32, 128, 1000])
     parser.add_argument("--tokens", type=int, default=512, help="of the prefill (default: %(default)s)")
+    parser.add_argument("--paged", action="store_true", help="also the resident memory with paged experts")
     parser.set_defaults(xlora_experts=0)
-    return settle(parser.parse_args(), tokens=24)
+    return settle(parser.parse_args(), tokens=24, paged=True)
 
 
 def main() -> None:

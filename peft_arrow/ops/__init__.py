@@ -112,6 +112,7 @@ def routed_lora(
 
 __all__ = [
     "AGGREGATIONS",
+    "FOLDED_RANK",
     "KERNELS",
     "SPARSE_DTYPES",
     "BankConstants",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops import bank_constants
+from .expert_store import BankShape, ExpertStore
 from .layouts import LayerExperts
 
 
@@ -21,6 +22,37 @@ def bank_modules(layer: nn.Module, adapter_name: str, is_main: bool) -> tuple[nn
     return getattr(layer, name_A)[adapter_name], getattr(layer, name_B)[adapter_name]
 
 
+class PagedLinear(nn.Linear):
+    """A linear module whose frozen weight rests in an `ExpertStore`: it stays there when the model moves."""
+
+    def _apply(self, fn, recurse: bool = True):
+        self.check_dtype(fn)
+        return self
+
+    def check_dtype(self, fn) -> None:
+        """Raise a `ValueError` where `fn`, as torch applies it to all weights of a model, would change the dtype."""
+        before = self.weight.dtype
+        after = fn(torch.empty(0, dtype=before, device=self.weight.device)).dtype
+        if after != before:
+            raise ValueError(
+                f"dtype={after} is not allowed: paged experts keep theirs, {before}; call model.unpage_experts() "
+                "first, or page them after the change."
+            )
+
+
+def bank_shapes(experts: LayerExperts, factors: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[bool, BankShape]:
+    """The shape of each bank that has experts; arguments as for `FactorStacks`."""
+    (_, in_features), (out_features, _) = (half.shape for half in factors[0])
+    shapes = {}
+    for is_main in (True, False):
+        members = experts.bank(is_main)
+        if members:
+            dtypes = dict.fromkeys(half.dtype for e in members for half in factors[e])
+            dtype = functools.reduce(torch.promote_types, dtypes)
+            shapes[is_main] = BankShape(experts.bank_rank(is_main), in_features, out_features, dtype)
+    return shapes
+
+
 class FactorStacks:
     """The factors of a layer's experts, side by side: of each bank an A (sum of ranks, I) and a B (O, sum of ranks).
 
@@ -31,6 +63,8 @@ class FactorStacks:
         experts (`LayerExperts`): the experts of the layer.
         factors (list of (A (r, I), B (O, r))): theirs, of which the dtypes and shapes are used; may be on meta.
         device (`torch.device` or `str`): where the stacks are made.
+        store (`ExpertStore`, *optional*): where those banks are made that rest there.
+        module (`str`): the module, as the store names it.
     """
 
     def __init__(
@@ -38,19 +72,19 @@ class FactorStacks:
         experts: LayerExperts,
         factors: list[tuple[torch.Tensor, torch.Tensor]],
         device: torch.device | str = "cpu",
+        store: ExpertStore | None = None,
+        module: str = "",
     ) -> None:
-        self.experts = experts
+        self.experts, self.store = experts, store
         self.banks: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
-        (_, in_features), (out_features, _) = (half.shape for half in factors[0])
-        for is_main in (True, False):
-            members, rank = experts.bank(is_main), experts.bank_rank(is_main)
-            if members:
-                dtypes = dict.fromkeys(half.dtype for e in members for half in factors[e])
-                options = {"dtype": functools.reduce(torch.promote_types, dtypes), "device": device}
-                self.banks[is_main] = (
-                    torch.empty(rank, in_features, **options),
-                    torch.empty(out_features, rank, **options),
-                )
+        self.paged: list[bool] = []
+        for is_main, (rank, in_features, out_features, dtype) in bank_shapes(experts, factors).items():
+            if store is not None and store.holds(module, is_main):
+                self.banks[is_main] = store.bank(module, is_main)
+                self.paged.append(is_main)
+                continue
+            shapes = ((rank, in_features), (out_features, rank))
+            self.banks[is_main] = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
 
     @torch.no_grad()
     def put(self, position: int, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
@@ -78,7 +112,7 @@ def add_bank(
     if not members:
         return
     if stacks is not None:
-        modules = [_linear_from(stack) for stack in stacks.banks[is_main]]
+        modules = [linear_from(stack, is_main in stacks.paged) for stack in stacks.banks[is_main]]
     else:
         rank = experts.bank_rank(is_main)
         shapes = ((layer.in_features, rank), (rank, layer.out_features))
@@ -88,14 +122,15 @@ def add_bank(
         container[adapter_name] = module
 
 
-def _linear_from(weight: torch.Tensor) -> nn.Linear:
-    """A linear module around existing data.
+def linear_from(weight: torch.Tensor, is_paged: bool = False) -> nn.Linear:
+    """A linear module around existing data; one that is paged is frozen.
 
     The parameter is put in its place directly: under `low_cpu_mem_usage=True` PEFT patches the registration of
     parameters so that it drops their data.
     """
-    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    module._parameters["weight"] = nn.Parameter(weight)
+    kind = PagedLinear if is_paged else nn.Linear
+    module = kind(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module._parameters["weight"] = nn.Parameter(weight, requires_grad=not is_paged)
     return module
 
 
@@ -153,6 +188,8 @@ def join_banks(
     """One stack in routing order from the two banks' factors; `dim` is that of the rank (0 for A, 1 for B)."""
     if frozen is None or main is None:
         return main if frozen is None else frozen
+    if main.device != frozen.device:  # the frozen ones are paged
+        main, frozen = main.cpu(), frozen.cpu()
     pieces: dict[int, torch.Tensor] = {}
     for is_main, weight in ((True, main), (False, frozen)):
         members = experts.bank(is_main)

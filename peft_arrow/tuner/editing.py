@@ -14,8 +14,9 @@ from peft.utils import _get_submodules
 from ..library.adapter import Adapter, AdapterLike, check_name, list_locations, load, unique_name
 from ..library.base_modules import BaseModules, is_match
 from ..library.lora import LoraContent
-from .bank import FactorStacks
+from .bank import FactorStacks, bank_shapes
 from .config import ArrowLoraConfig
+from .expert_store import ExpertStore, discarded_on_failure
 from .export import export_lora
 from .fitting import outline_on_base, read_on_base
 from .heads import saved_modules
@@ -143,9 +144,26 @@ class EditingMixin:
             is_targeted = is_match(BaseTuner._check_target_module_exists(draft, module))
             experts = index.experts(module, is_targeted)
             plans[module] = self._plan(adapter_name, draft, module, layers.get(module), experts, contents, factor)
-        for module in names:
-            self._carry_out(adapter_name, module, layers.get(module), plans.pop(module), options, scale)
+        store = self._store_for(adapter_name, plans)
+        with discarded_on_failure(store):
+            for module in names:
+                self._carry_out(adapter_name, module, layers.get(module), plans.pop(module), options, scale, store)
+            if store is not None:
+                store.finish()
+                self.drop_store(adapter_name)
+                self.expert_stores[adapter_name] = store
         self._use_config(adapter_name, draft)
+
+    def _store_for(self, adapter_name: str, plans: dict[str, LayerPlan]) -> ExpertStore | None:
+        """Room for the frozen experts of all plans, where those of the adapter are paged."""
+        if adapter_name not in self.expert_stores:
+            return None
+        is_main, shapes = self.peft_config[adapter_name].inference_mode, {}
+        for module, plan in plans.items():
+            banks = {} if plan.experts is None else bank_shapes(plan.experts, plan.weights)
+            if is_main in banks:
+                shapes[module, is_main] = banks[is_main]
+        return ExpertStore(self.expert_stores[adapter_name].paging(), adapter_name, shapes)
 
     def _plan(self, adapter_name, draft, module, layer, experts, contents, like) -> LayerPlan:
         """What the module is to have; new factors get the dtype and device of those there, or of the tensor `like`."""
@@ -158,26 +176,27 @@ class EditingMixin:
         rows_EI = layer.arrow_lora_router[adapter_name].weight.detach() if is_present else None
         stale = set(layer.stale_experts(adapter_name)) if is_present else set()
         like = factors[0][0] if factors else like
+        device = like.device if rows_EI is None else rows_EI.device
         weights, prototypes = [], []
         for position in experts.positions:
             name = draft.expert_names[position]
             if name in contents:
                 factor = contents[name].factors[module]
                 weights.append((factor.lora_A.to(like), factor.lora_B.to(like)))
-                prototypes.append(torch.full((factor.lora_A.shape[1],), float("nan"), device=like.device))
+                prototypes.append(torch.full((factor.lora_A.shape[1],), float("nan"), device=device))
             else:
                 old = old_positions.index(config.expert_names.index(name))
                 weights.append(tuple(factor.detach() for factor in factors[old]))
                 prototypes.append(rows_EI[old] * (float("nan") if old in stale else 1.0))
         return LayerPlan(experts, weights, torch.stack(prototypes))
 
-    def _carry_out(self, adapter_name, module, layer, plan: LayerPlan, options, scale) -> None:
+    def _carry_out(self, adapter_name, module, layer, plan: LayerPlan, options, scale, store) -> None:
         if plan.experts is None:
             if layer is not None and adapter_name in layer.experts:
                 self._drop_layer(adapter_name, module, layer)
             return
         lora_A, _ = plan.weights[0]
-        stacks = FactorStacks(plan.experts, plan.weights, lora_A.device)
+        stacks = FactorStacks(plan.experts, plan.weights, lora_A.device, store, module)
         for position, factors in zip(plan.experts.positions, plan.weights, strict=True):
             stacks.put(position, *factors)
         options = {**options, "experts": plan.experts, "stacks": stacks}

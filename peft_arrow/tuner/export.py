@@ -94,7 +94,7 @@ def _concatenated(layer, adapter_name: str, weights: list[float]) -> tuple[torch
         B.float() * (weights[position] * scaling * layer.scales[adapter_name])
         for B, position, scaling in zip(lora_B, experts.positions, experts.scalings, strict=True)
     ]
-    return torch.cat([A.float() for A in lora_A]).cpu(), torch.cat(scaled, dim=1).cpu()
+    return torch.cat([A.float().cpu() for A in lora_A]), torch.cat([half.cpu() for half in scaled], dim=1)
 
 
 def _head_tensors(tuner, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -10,17 +10,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import nn
 
-from ..ops import ExpertBank, ExpertStack, routed_lora
+from ..ops import ExpertBank, ExpertStack
 from ..routers import Router
 from .bank import BANKS, FactorStacks, add_bank, bank_fields, bank_modules
+from .hot_set import HotSet
 from .layouts import LayerExperts
+from .paged_layer import PagedLayerMixin
 from .prototype_state import PrototypeState
 from .prototypes import STORED, PrototypeLinear, PrototypeMixin
 from .requests import RequestTracker
 from .routing import RoutingMixin
 from .scaling import ScalingMixin
 from .shared_input import SharedInput
-from .shared_plan import lay_out_chosen
 from .tripwire import trip_on_backward
 
 
@@ -61,6 +62,7 @@ class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
         "masked",
         "cores",
         "shared",
+        "pages",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -85,6 +87,7 @@ class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
         self.masked: dict[str, frozenset[int]] = {}
         self.cores: dict[str, dict] = {}
         self.shared: dict[str, SharedInput] = {}
+        self.pages: dict[str, HotSet] = {}
         self.module_name = ""
         self.requests: RequestTracker | None = None
         self.recorder: Callable | None = None
@@ -138,7 +141,7 @@ class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
         self.kernels[adapter_name] = kernel
         self.prototype_updates[adapter_name] = prototype_update
         self.scales.setdefault(adapter_name, 1.0)
-        self.kept_frozen[adapter_name] = keep_frozen
+        self.follow_store(adapter_name, stacks, keep_frozen)
         self.prototype_states[adapter_name] = PrototypeState()
         self.forget_plans()
         for is_main in (True, False):
@@ -214,7 +217,7 @@ class ArrowLoraLayer(ScalingMixin, BaseTunerLayer):
         return ExpertStack(banks, len(self.experts[adapter_name].positions), self.out_features, self.training)
 
 
-class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
+class ArrowLoraLinear(PagedLayerMixin, RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
     """Routed LoRA on a linear module: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -267,16 +270,7 @@ class ArrowLoraLinear(RoutingMixin, PrototypeMixin, nn.Module, ArrowLoraLayer):
         weights_TK = routing.top_k_weights
         if self.gating is not None:
             weights_TK = self.gating(self, x_TI, weights_TK)
-        stack = self.stack(adapter_name, x.device)
-        lay_out_chosen(stack, weights_TK.shape[1])
-        y_TO = routed_lora(
-            self._cast_input_dtype(x_TI, stack.banks[0].lora_A.weight.dtype),
-            stack,
-            routing.top_k_index,
-            weights_TK,
-            aggregation=self.aggregations[adapter_name],
-            kernel=self.kernels[adapter_name],
-        )
+        y_TO = self.apply_experts(adapter_name, x_TI, routing.top_k_index, weights_TK)
         return y_TO.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from transformers import (
 
 from ..library.adapter import AdapterRef, list_locations
 from .config import ArrowLoraConfig
+from .store_options import check_paging
 
 
 AUTO_CLASSES = {
@@ -45,6 +46,8 @@ def from_pretrained(
     cache_dir: str | None = None,
     local_files_only: bool = False,
     autocast_adapter_dtype: bool = True,
+    expert_store: str | PathLike | None = None,
+    hot_experts: int = 64,
     **options: Any,
 ) -> PeftModel:
     """Route a base model between LoRA adapters.
@@ -59,6 +62,8 @@ def from_pretrained(
         autocast_adapter_dtype (`bool`):
             As in PEFT, experts on a bfloat16 or float16 base are kept in float32; False keeps them in the base's
             dtype, which takes half the memory.
+        expert_store, hot_experts:
+            `store` and `hot_experts` of [`ArrowLoraModel.page_experts`], from the start: what is read goes there.
         options: any field of [`ArrowLoraConfig`], such as `top_k`, `router`, `aggregation`.
 
     Returns:
@@ -68,19 +73,25 @@ def from_pretrained(
         TypeError: an unknown option.
         ValueError: an adapter cannot be read or does not fit; the base is then as it was.
     """
+    _check_arguments(adapters, options)
+    defaults = AdapterRef("", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    located = list_locations(adapters, defaults)
+    config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
+    if expert_store is not None:
+        config._paging = check_paging(expert_store, hot_experts, "expert_store", autocast_adapter_dtype)
+    model = _load_base(base, config.task_type, base_model_kwargs or {})
+    _check_bare(model)
+    routed = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return routed if is_trainable else routed.eval()
+
+
+def _check_arguments(adapters: Any, options: dict[str, Any]) -> None:
     allowed = [f.name for f in fields(ArrowLoraConfig) if f.name not in NOT_OPTIONS]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         raise TypeError(f"from_pretrained got an unknown argument {unknown[0]!r}; allowed are {', '.join(allowed)}.")
     if adapters is None:
         raise ValueError("adapters=None is not allowed; pass a list of references or a dict name -> reference.")
-    defaults = AdapterRef("", revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    located = list_locations(adapters, defaults)
-    config = ArrowLoraConfig(adapters=located, inference_mode=not is_trainable, **options)
-    model = _load_base(base, config.task_type, base_model_kwargs or {})
-    _check_bare(model)
-    routed = get_peft_model(model, config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-    return routed if is_trainable else routed.eval()
 
 
 def _load_base(base: nn.Module | str | PathLike, task_type: str | None, kwargs: dict[str, Any]) -> nn.Module:

@@ -34,6 +34,7 @@ def merge_rows(
     factors: Sequence[tuple[torch.Tensor, torch.Tensor]],
     scalings: Sequence[float],
     aggregation: str,
+    device: torch.device,
 ) -> MergedRows:
     """The chosen experts of each row side by side (`"output"`), or the weighted sums of their factors (`"parameter"`).
 
@@ -42,14 +43,15 @@ def merge_rows(
         factors (list of (A (r, I), B (O, r))): of the experts of the layer.
         scalings (`Sequence[float]`): of the experts.
         aggregation (`str`): `"output"` or `"parameter"`, see `peft_arrow.ops.eager`.
+        device (`torch.device`): where the result is needed; paged experts rest elsewhere.
     """
     rows = []
     for index_K, weights_K in zip(decided.top_k_index.tolist(), decided.top_k_weights.tolist(), strict=True):
         chosen = [(e, weight) for e, weight in zip(index_K, weights_K, strict=True) if 0 <= e < len(factors)]
-        lora_A = [factors[e][0] for e, _ in chosen]
-        lora_B = [factors[e][1] * (weight * scalings[e]) for e, weight in chosen]
+        lora_A = [factors[e][0].to(device) for e, _ in chosen]
+        lora_B = [factors[e][1].to(device) * (weight * scalings[e]) for e, weight in chosen]
         if not chosen:
-            lora_A, lora_B = [factors[0][0][:0]], [factors[0][1][:, :0]]
+            lora_A, lora_B = [factors[0][0][:0].to(device)], [factors[0][1][:, :0].to(device)]
         elif aggregation == "parameter":
             lora_A = [sum(half * weight for half, (_, weight) in zip(lora_A, chosen, strict=True))]
             lora_B = [sum(lora_B)]

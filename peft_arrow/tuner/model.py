@@ -17,11 +17,13 @@ from ..ops import check_kernel, log_choice
 from ..routers import Router
 from .config import ArrowLoraConfig
 from .editing import EditingMixin
+from .expert_store import discarded_on_failure
 from .heads import load_saved_modules
 from .layer import ArrowLoraLayer, ArrowLoraLinear
 from .layouts import LayoutIndex
 from .loading import from_pretrained
 from .mixed_batch import row_target_hooks
+from .paging import PagingMixin
 from .peft_type import PREFIX
 from .prototype_state import building_suspended
 from .resolve import ResolvedExperts, resolve
@@ -31,7 +33,7 @@ from .trace import RoutingTrace
 from .trace_hooks import record_routing
 
 
-class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
+class ArrowLoraModel(RouterMethods, EditingMixin, PagingMixin, BaseTuner):
     """
     Routes every token, in every adapted layer, to the LoRA adapters (experts) that suit it. The method is described in
     https://huggingface.co/papers/2405.11157.
@@ -83,7 +85,8 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """As in PEFT; the config is copied, and all adapters are read and checked before the model is changed."""
-        resolved = resolve(self.peft_config[adapter_name], model)
+        self.__dict__.setdefault("expert_stores", {})
+        resolved = resolve(self.peft_config[adapter_name], model, adapter_name)
         for module in model.modules():  # TRL copies the policy's parameters, prototypes too, into its reference
             if isinstance(module, ArrowLoraLayer):
                 module.build_prototypes()
@@ -94,10 +97,13 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
         self._make_prompt_heads(adapter_name, config)
         config._modules, config._has_fresh = self._index.modules, self._index.has_fresh
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self.apply_router(adapter_name)
-            if resolved.head:
-                load_saved_modules(self.model, adapter_name, resolved.head)
+            with discarded_on_failure(resolved.store):
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                self.apply_router(adapter_name)
+                if resolved.head:
+                    load_saved_modules(self.model, adapter_name, resolved.head)
+            if resolved.store is not None:
+                self.expert_stores[adapter_name] = resolved.store
             log_choice("auto")
         finally:
             self._resolved = self._index = self._router = None
@@ -219,6 +225,7 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
         """Rebuild every prototype. Needed after edits through `.data`, which nothing can detect."""
         for layer in self.routed_layers().values():
             layer.build_prototypes(rebuild=True)
+            layer.forget_plans()
 
     @contextlib.contextmanager
     def trace_routing(self, tasks: Sequence[str] | None = None) -> Iterator[RoutingTrace]:
@@ -232,8 +239,9 @@ class ArrowLoraModel(RouterMethods, EditingMixin, BaseTuner):
             yield trace
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As in PEFT; what prompt-level routers stored for the adapter goes too."""
+        """As in PEFT; what prompt-level routers stored for the adapter goes too, and the file of paged experts."""
         super().delete_adapter(adapter_name)
+        self.drop_store(adapter_name)
         self.drop_prompt_heads(adapter_name)
 
     def train(self, mode: bool = True):

@@ -143,7 +143,9 @@ class PrototypeMixin:
         stale = list(range(len(experts.positions))) if rebuild else self.stale_experts(adapter_name)
         if stale:
             factors = self.expert_factors(adapter_name)
-            rows = top_right_singular_vectors([factors[e][0] for e in stale], [factors[e][1] for e in stale])
+            # paged experts may rest elsewhere
+            halves = [[factors[e][half].to(router.weight.device) for e in stale] for half in (0, 1)]
+            rows = top_right_singular_vectors(*halves)
             state = self.prototype_states[adapter_name]
             if is_distributed():
                 known = whole(router.weight.detach()) if state.local is None else state.local

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, clone_module, replicate_layers
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..library.adapter import Adapter, download, license_of, list_locations, load, source_of
 from ..library.base_modules import BaseModules, is_match
@@ -19,10 +17,11 @@ from ..library.files import WeightsFile
 from ..library.lora import LoraContent
 from ..library.lora_config import check_config
 from ..library.reading import Location
-from .bank import FactorStacks
 from .config import ArrowLoraConfig
-from .fitting import outline_on_base, read_on_base
+from .fitting import outline_on_base
+from .heads import head_owners
 from .layouts import make_layout
+from .stacking import ResolvedExperts, StoreRequest, read_stacks
 
 
 logger = logging.getLogger(__name__)
@@ -31,38 +30,26 @@ logger = logging.getLogger(__name__)
 HEADS = {"TOKEN_CLS": ["classifier", "score"], "QUESTION_ANS": ["qa_outputs"]}
 
 
-@dataclass
-class ResolvedExperts:
-    """What `resolve` found.
-
-    Args:
-        config (`ArrowLoraConfig`): a copy of the user's config with names, layouts and target modules filled in.
-        stacks (`dict[str, FactorStacks]`, *optional*): the weights by module; None for a saved model or fresh experts.
-        head (`dict[str, torch.Tensor]`): the fully trained modules that an adapter brings, by parameter name.
-    """
-
-    config: ArrowLoraConfig
-    stacks: dict[str, FactorStacks] | None = None
-    head: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def take(self, module: str) -> FactorStacks | None:
-        """The module's weights, handed over, so that a change of their dtype later does not need both in memory."""
-        return None if self.stacks is None else self.stacks.pop(module)
-
-
-def resolve(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExperts:
+def resolve(config: ArrowLoraConfig, model: nn.Module, adapter_name: str = "default") -> ResolvedExperts:
     """Read and check everything a config asks for.
 
     Adapters are looked at twice: the configs and the headers of all files are checked, then room is made for the
     stacked weights, and file after file is read into it. So the weights are in memory once, and an adapter that does
     not fit is refused before any weight is read.
 
+    Args:
+        config (`ArrowLoraConfig`): the user's.
+        model (`nn.Module`): the base.
+        adapter_name (`str`): the PEFT adapter, for the name of a store's file.
+
     Raises:
         ValueError: no experts, or an adapter that does not fit the base; the message names the adapter, the module and
             what is allowed.
     """
     if config.adapters is not None:
-        return _resolve_adapters(config, model)
+        paging = config.__dict__.pop("_paging", None)
+        request = None if paging is None else StoreRequest(paging, adapter_name)
+        return _resolve_adapters(config, model, request)
     if config.layouts is not None:
         resolved = copy.copy(config)
     elif config.num_experts is not None or config.expert_names:
@@ -85,7 +72,7 @@ def _complete(config: ArrowLoraConfig) -> None:
         check_equal_ranks(config)
 
 
-def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExperts:
+def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module, request: StoreRequest | None) -> ResolvedExperts:
     located = list_locations(config.adapters)
     names = list(config.expert_names or located)
     _log_repeated(names, located)
@@ -114,34 +101,7 @@ def _resolve_adapters(config: ArrowLoraConfig, model: nn.Module) -> ResolvedExpe
     for place, outline in zip(located.values(), outlines, strict=True):
         add_layout(resolved, outline, place)
     _complete(resolved)
-    return _read(resolved, adapters, outlines, base)
-
-
-def _read(
-    config: ArrowLoraConfig, adapters: list[Adapter], outlines: list[LoraContent], base: BaseModules
-) -> ResolvedExperts:
-    """Read adapter after adapter into the stacks; none is in memory while the next is read."""
-    index = config.layout_index()
-    resolved = ResolvedExperts(config, stacks={})
-    for module in sorted(index.modules):
-        experts = index.experts(module)
-        factors = [outlines[position].factors[module] for position in experts.positions]
-        resolved.stacks[module] = FactorStacks(experts, [(factor.lora_A, factor.lora_B) for factor in factors])
-    progress = tqdm(adapters, desc="Reading adapters", disable=len(adapters) < 20)
-    for position, adapter in enumerate(progress):
-        _read_one(resolved, position, adapter, outlines, base)
-    return resolved
-
-
-def _read_one(
-    resolved: ResolvedExperts, position: int, adapter: Adapter, outlines: list[LoraContent], base: BaseModules
-) -> None:
-    content = read_on_base(adapter, base)
-    for module in outlines[position].factors:
-        factor = content.factors[module]
-        resolved.stacks[module].put(position, factor.lora_A, factor.lora_B)
-    if content.saved:
-        _keep_head(resolved, adapter.name, content.saved, outlines)
+    return read_stacks(resolved, adapters, outlines, base, request)
 
 
 def _restrict(config: ArrowLoraConfig, outlines: list[LoraContent], model: nn.Module) -> list[LoraContent]:
@@ -224,7 +184,7 @@ def take_heads(config: ArrowLoraConfig, outlines: list[LoraContent]) -> None:
     Raises:
         ValueError: `modules_to_save_from` is not an expert that brings some.
     """
-    owners = _head_owners(config, outlines)
+    owners = head_owners(config, outlines)
     chosen = config.modules_to_save_from
     if chosen is not None and chosen not in owners:
         raise ValueError(
@@ -233,34 +193,6 @@ def take_heads(config: ArrowLoraConfig, outlines: list[LoraContent]) -> None:
     if owners:
         names = {name for outline in outlines for name in outline.saved_modules}
         config.modules_to_save = sorted({*(config.modules_to_save or []), *names})
-
-
-def _head_owners(config: ArrowLoraConfig, outlines: list[LoraContent]) -> list[str]:
-    return [name for name, outline in zip(config.expert_names, outlines, strict=True) if outline.saved]
-
-
-def _keep_head(
-    resolved: ResolvedExperts, name: str, saved: dict[str, torch.Tensor], outlines: list[LoraContent]
-) -> None:
-    """Keep the one head that the routed model gets: the chosen expert's, or the one that all experts share.
-
-    Raises:
-        ValueError: experts bring different ones and `modules_to_save_from` does not say whose to take.
-    """
-    chosen = resolved.config.modules_to_save_from
-    if name == chosen or (chosen is None and not resolved.head):
-        resolved.head = saved
-    elif chosen is None and not _same_tensors(saved, resolved.head):
-        owners = _head_owners(resolved.config, outlines)
-        raise ValueError(
-            f"the experts {owners[0]!r} and {name!r} bring different trained modules "
-            f"({', '.join(sorted(resolved.head))}), and a routed model has one of each; pass "
-            f"modules_to_save_from=<name of the expert whose to take>; allowed are {owners}."
-        )
-
-
-def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def check_equal_ranks(config: ArrowLoraConfig) -> None:

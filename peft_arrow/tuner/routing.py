@@ -17,6 +17,8 @@ from .prototypes import dot_float32
 
 # Rows whose chosen experts are put together for decoding; more would take more memory than it saves time.
 MERGED_ROWS = 8
+# Rows of A at a time that are brought from where paged experts rest, for routers that need all of them.
+PAGED_RANKS = 512
 
 
 class LayerView:
@@ -155,7 +157,8 @@ class RoutingMixin:
                 scale, scalings = self.scales[adapter_name], self.experts[adapter_name].scalings
                 factors = self.expert_factors(adapter_name)
                 scalings = [scaling * scale for scaling in scalings]
-                request.merged[key] = merge_rows(decided, factors, scalings, self.aggregations[adapter_name])
+                aggregation = self.aggregations[adapter_name]
+                request.merged[key] = merge_rows(decided, factors, scalings, aggregation, x.device)
         return request.merged[key]
 
     def lengths(self, adapter_name: str, x_TI: torch.Tensor, kind: str) -> torch.Tensor:
@@ -175,6 +178,7 @@ class RoutingMixin:
             with torch.inference_mode(False):
                 factors = self.expert_factors(adapter_name)
                 cores = norm_cores(factors, self.experts[adapter_name].scalings, kind)
+                cores = [core.to(self.arrow_lora_router[adapter_name].weight.device) for core in cores]
             kept[kind] = (now, cores)
         return kept[kind][1]
 
@@ -229,5 +233,6 @@ def _shrunk(x_TI: torch.Tensor, bank: ExpertBank) -> torch.Tensor:
     """A x in float32 (T, R), without gradients to A; through the module where its weight is not at hand."""
     weight = bank.lora_A.weight
     if is_materialised(weight):
-        return dot_float32(x_TI, weight.detach())
+        pieces_RI = (weight.detach(),) if weight.device == x_TI.device else weight.detach().split(PAGED_RANKS)
+        return torch.cat([dot_float32(x_TI, piece_RI.to(x_TI.device)) for piece_RI in pieces_RI], dim=-1)
     return bank.lora_A(x_TI.to(weight.dtype)).float()

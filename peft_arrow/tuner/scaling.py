@@ -15,8 +15,8 @@ class ScalingMixin:
 
     def forget_plans(self) -> None:
         """Have what is kept for inference made anew."""
-        for shared in self.shared.values():
-            shared.forget()
+        for kept in (*self.shared.values(), *self.pages.values()):
+            kept.forget()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' scales by `scale`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from ..ops import SPARSE_DTYPES, ExpertStack, folds, gathers, is_materialised
+from ..ops import FOLDED_RANK, SPARSE_DTYPES, ExpertStack, folds, gathers, is_materialised
 from ..routers import ArrowRouter
 from .prototype_state import optimizer_steps
 
@@ -28,8 +28,8 @@ class Plan(NamedTuple):
         prototypes (`tuple[nn.Linear, ...]`): of each module.
         is_folded (`bool`): whether all experts are computed and weighed, and not the chosen ones alone.
         joined (`torch.Tensor`, *optional*):
-            (G x E + G x R, I), the prototypes of all modules and the factors A of all modules, where `is_folded` and
-            all are float32: one product then gives the logits and what the experts make of the input.
+            (G x E + G x R, I), a copy of the prototypes and of the factors A of all modules, where `is_folded`, R is
+            small, and all are float32: one product then gives the logits and what the experts make of the input.
         scaling (`float`, *optional*): of all experts in all modules, where they have one, and one rank, and one bank.
         columns_R (`torch.Tensor`, *optional*): 0, 1, ... up to that rank.
         chosen_rank (`int`): sum of the ranks of a token's experts, the largest of all modules.
@@ -100,13 +100,14 @@ def make_plan(members: Sequence[ArrowLoraLinear], name: str) -> Plan | None:
         for prototype, stack in zip(prototypes, stacks, strict=True)
     ]
     scaling, dtype = _only_scaling(stacks), linears[0].weight.dtype
-    # a copy of weights is for those that tell when they change
-    can_join = all(weight.dtype == torch.float32 and not weight.is_inference() for weight in weights)
+    # a copy is for few weights, and for those that tell when they change
+    can_join = is_folded and scaling is not None and all(stack.rank <= FOLDED_RANK for stack in stacks)
+    can_join = can_join and all(weight.dtype == torch.float32 and not weight.is_inference() for weight in weights)
     return Plan(
         stacks=stacks,
         prototypes=prototypes,
         is_folded=is_folded,
-        joined=_joined(stacks, prototypes) if is_folded and can_join and scaling is not None else None,
+        joined=_joined(stacks, prototypes) if can_join else None,
         scaling=scaling,
         columns_R=None if scaling is None else torch.arange(stacks[0].banks[0].ranks[0], device=device),
         chosen_rank=num_chosen * max(bank.ranks[0] for stack in stacks for bank in stack.banks),
@@ -182,4 +183,5 @@ def is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:
         and layer.aggregations[adapter_name] == "output"
         and layer.kernels[adapter_name] == "auto"
         and layer.prototype_states[adapter_name].local is None
+        and not layer.uses_slots(adapter_name, layer.arrow_lora_router[adapter_name].weight.device)
     )

@@ -63,8 +63,8 @@ def _refresh(name: str, layer: ArrowLoraLayer, adapter_name: str, state_dict: di
     if stale:
         pieces_A, pieces_B = lora_A.split(list(experts.ranks), dim=0), lora_B.split(list(experts.ranks), dim=1)
         rows = top_right_singular_vectors([pieces_A[e] for e in stale], [pieces_B[e] for e in stale])
-        index = torch.tensor(stale, device=rows.device)
-        state_dict[keys[2]] = prototypes_EI.detach().float().index_copy(0, index, rows)
+        index = torch.tensor(stale, device=prototypes_EI.device)
+        state_dict[keys[2]] = prototypes_EI.detach().float().index_copy(0, index, rows.to(prototypes_EI.device))
 
 
 def from_checkpoint(
