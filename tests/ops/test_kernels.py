@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, bank_constants, routed_lora
+from peft_arrow.ops import KERNELS, ExpertBank, ExpertStack, bank_constants, routed_lora, select_kernel
 from peft_arrow.ops.triton_launch import has_triton, is_interpreted
 
 
@@ -92,8 +92,14 @@ def test_outputs_and_gradients_equal_eager(kernel, ranks, banks, size, aggregati
 
 
 @pytest.mark.parametrize("kernel", RUNNABLE)
-def test_no_tokens_and_no_weight(kernel):
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_no_tokens_and_no_weight(kernel, has_gradients):
     """An empty batch gives an empty result; a token without experts gives 0."""
+    with torch.set_grad_enabled(has_gradients):
+        check_nothing(kernel)
+
+
+def check_nothing(kernel):
     device = device_of(kernel)
     stack = make_stack((2, 3), ((0, 1),), 6, 4, torch.float32, device=device)
     nobody, x, weights = (
@@ -157,3 +163,38 @@ def test_work_follows_the_chosen_and_not_the_library(kernel):
         flops[experts, num_chosen] = counter.get_total_flops()
     assert flops[12, 1] == 30 * 2 * 3 * (16 + 12)
     assert flops[40, 4] == flops[12, 4] == 4 * flops[12, 1]
+
+
+@pytest.mark.parametrize("kernel", ["gather", "grouped", "sparse"])
+@pytest.mark.parametrize("ranks", [(3,) * 9, (1, 5, 2, 3, 3, 4, 2, 1, 6)])
+@torch.no_grad()
+def test_experts_that_nobody_chose_are_not_read(kernel, ranks):
+    """Their factors are NaN, which would show."""
+    stack = make_stack(ranks, (tuple(range(9)),), 16, 12, torch.float32)
+    index, weights = torch.tensor([[0, 3], [3, 4], [4, 0], [0, 4]]), torch.rand(4, 2)
+    x = torch.randn(4, 16)
+    expected = routed_lora(x, stack, index, weights, aggregation="output", kernel="eager")
+    for bank in stack.banks:
+        start = 0
+        for expert, rank in zip(bank.experts, bank.ranks, strict=True):
+            if expert not in (0, 3, 4):
+                bank.lora_A.weight[start : start + rank] = float("nan")
+                bank.lora_B.weight[:, start : start + rank] = float("nan")
+            start += rank
+    found = routed_lora(x, stack, index, weights, aggregation="output", kernel=kernel)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_auto_takes_sparse_on_a_cpu_and_only_there():
+    """For many experts whose B lies by expert, at inference; elsewhere what works there."""
+    stack = make_stack((8,) * 40, (tuple(range(40)),), 16, 12, torch.float32)
+    x = torch.randn(30, 16)
+    assert select_kernel("auto", x, stack, 2) == "grouped"
+    for linear in (stack.banks[0].lora_B,):
+        linear.weight.data = linear.weight.data.t().contiguous().t()
+    assert select_kernel("auto", x, stack, 2) == "sparse"
+    assert select_kernel("auto", x.bfloat16(), stack, 2) == "grouped"
+    assert select_kernel("auto", x.to("meta"), stack, 2) == "grouped"
+    with torch.enable_grad():
+        assert select_kernel("auto", x, stack, 2) == "grouped"

@@ -90,7 +90,8 @@ def test_a_model_made_in_inference_mode(adapter_folders):
     with torch.inference_mode():
         model = inference_model(adapter_folders)
         answer = model(input_ids=token_batch(2, 5)["input_ids"]).logits
-    assert torch.equal(answer.clone(), expected)
+    # tensors of inference mode do not tell when they change, so nothing is put together from them beforehand
+    assert torch.allclose(answer.clone(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_eight_threads_make_the_first_request_together(adapter_folders, built):
