@@ -32,8 +32,8 @@ AGGREGATIONS = ("output", "parameter")
 
 # Measured, see docs/kernels.md: up to this sum of ranks all experts at once are cheapest ...
 FOLDED_RANK = 64
-# ... and so they are where the ranks of all are not more than this many times those of the chosen.
-FOLDED_SHARE = 2
+# ... and where there are not more than this many times the chosen experts; with gradients and without.
+FOLDED_SHARE = {True: 8, False: 3}
 # Ranks of chosen experts in a call up to which their factors are copied for each token, where `sparse` cannot run.
 GATHERED_RANK = 128
 
@@ -56,16 +56,16 @@ def select_kernel(name: str, x_TI: torch.Tensor, stack: ExpertStack, num_chosen:
     """
     if name != "auto":
         return name
-    if folds(stack, num_chosen) or not stack.is_whole():
+    if folds(stack, num_chosen, torch.is_grad_enabled()) or not stack.is_whole():
         return "folded"
     if is_sparse(x_TI, stack) and stack.lies_by_expert():
         return "sparse"
     return "gather" if gathers(x_TI.shape[0], num_chosen * stack.rank / stack.num_experts) else "grouped"
 
 
-def folds(stack: ExpertStack, num_chosen: int) -> bool:
+def folds(stack: ExpertStack, num_chosen: int, has_gradients: bool) -> bool:
     """Whether computing all experts is cheapest, whatever the number of tokens."""
-    return stack.rank <= FOLDED_RANK or num_chosen * FOLDED_SHARE >= stack.num_experts
+    return stack.rank <= FOLDED_RANK or num_chosen * FOLDED_SHARE[has_gradients] >= stack.num_experts
 
 
 def gathers(tokens: int, chosen_rank: float) -> bool:

@@ -209,7 +209,6 @@ class ArrowLoraModel(RouterMethods, EditingMixin, PagingMixin, BaseTuner):
         for layer in self.routed_layers().values():
             if adapter_name in layer.kernels:
                 layer.kernels[adapter_name] = kernel
-                layer.forget_plans()
 
     def set_scale(self, scale: float) -> None:
         """Multiply the active adapter's routed update by `scale` in every layer; 1 is the original. Not saved."""

@@ -125,6 +125,7 @@ class SharedInput:
         """Whether this path is right for the call; afterwards there is a plan."""
         if (
             self.is_refused
+            or layer.kernels[self.adapter_name] != "auto"
             or torch.jit.is_tracing()
             or layer.training
             or layer.gating is not None

@@ -85,7 +85,7 @@ def make_plan(members: Sequence[ArrowLoraLinear], name: str) -> Plan | None:
     if any(_is_offloaded(module) for member in members for module in member.modules()):
         return None
     num_chosen = members[0].routers[name].width(stacks[0].num_experts)
-    is_folded = all(folds(stack, num_chosen) for stack in stacks)
+    is_folded = all(folds(stack, num_chosen, has_gradients=False) for stack in stacks)
     if not is_folded:
         lay_out_by_expert([bank.lora_B for stack in stacks for bank in stack.banks])
     for member in members:
@@ -152,7 +152,12 @@ def _is_offloaded(module: nn.Module) -> bool:
 def lay_out_chosen(stack: ExpertStack, num_chosen: int) -> None:
     """`lay_out_by_expert` for a stack of which single experts are read at inference."""
     is_eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if is_eager and not stack.lies_by_expert() and stack.is_whole() and not folds(stack, num_chosen):
+    if (
+        is_eager
+        and not stack.lies_by_expert()
+        and stack.is_whole()
+        and not folds(stack, num_chosen, has_gradients=False)
+    ):
         lay_out_by_expert([bank.lora_B for bank in stack.banks])
 
 
@@ -181,7 +186,6 @@ def is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:
         and not selection.tied
         and not masked.intersection(positions)
         and layer.aggregations[adapter_name] == "output"
-        and layer.kernels[adapter_name] == "auto"
         and layer.prototype_states[adapter_name].local is None
         and not layer.uses_slots(adapter_name, layer.arrow_lora_router[adapter_name].weight.device)
     )
