@@ -19,7 +19,6 @@ Rows have prompt and completion, messages, instruction and output, or options an
 not judged: they choose the best single expert, and fit the routers that need data unless --fit-data is given.
 Always judged too: base, uniform, random, random_lora, best_single, oracle. An interrupted run continues where it
 stopped when the command is repeated."""
-PICTURE = "report.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         truncate=arguments.truncate,
     )
-    report.plot(Path(arguments.output) / PICTURE)
+    report.plot(Path(arguments.output, "report.png"))
     print(report.to_json() if arguments.json else report.table())
 
 

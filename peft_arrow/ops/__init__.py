@@ -12,7 +12,8 @@ from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
 from .scoring import ScoringIndex, TopScores, scores_in_two_stages, scoring_index, top_k_in_two_stages
-from .sparse import SPARSE_DTYPES, bagged, is_sparse, shrink_token, sparse, sparse_gated
+from .sparse import SPARSE_DTYPES, is_sparse, shrink_token, sparse, sparse_gated
+from .sparse_calls import bagged
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants, is_materialised
 from .triton import triton
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sparse import quieten
+from .sparse_calls import quieten
 
 
 SLAB = 64  # experts of which one maximum is taken: as many as two registers of int16 hold

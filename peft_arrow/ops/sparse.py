@@ -6,20 +6,16 @@ Nothing is sorted or copied. Shrinking is a matrix product of which only the cho
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Sequence
-from functools import cache, lru_cache
 
 import torch
 
 from .grouped import grouped
+from .sparse_calls import bagged, borrowed, sampled
 from .stack import ExpertBank, ExpertStack, local_index
 
 
 SPARSE_DTYPES = (torch.float32, torch.float64)
-SUM = 0  # what `embedding_bag` calls this mode
-_memory = threading.local()
 
 
 def sparse(
@@ -86,10 +82,10 @@ def shrink_token(
     """
     width, num_chosen = x_1I.shape[1], index_GK.shape[1]
     by_expert = [bank.lora_A.weight.view(len(bank.ranks), -1) for bank in banks]
-    pieces = _borrowed(index_GK.numel(), by_expert[0]).split(num_chosen)
+    pieces = borrowed(index_GK.numel(), by_expert[0]).split(num_chosen)
     for rows, index_K, piece in zip(by_expert, index_GK.unbind(), pieces, strict=True):
         torch.index_select(rows, 0, index_K, out=piece)
-    z = torch.mv(_borrowed(index_GK.numel(), by_expert[0]).view(-1, width), x_1I.view(-1))
+    z = torch.mv(borrowed(index_GK.numel(), by_expert[0]).view(-1, width), x_1I.view(-1))
     z.view(gates_GK.numel(), -1).mul_(gates_GK.view(-1, 1))
     return z.view(len(banks), -1)
 
@@ -104,52 +100,3 @@ def is_sparse(x_TI: torch.Tensor, stack: ExpertStack) -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
-
-
-def sampled(x_TI: torch.Tensor, factors_RI: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
-    """x_TI @ factors_RI^T at the given columns of each row, (T, N); a column may come twice."""
-    tokens, width = columns_TN.shape
-    if width >= factors_RI.shape[0]:
-        return torch.mm(x_TI, factors_RI.t()).gather(1, columns_TN)
-    places = torch.sparse_csr_tensor(
-        _starts(tokens, width)[0],
-        columns_TN.view(-1),
-        x_TI.new_zeros(tokens * width),
-        (tokens, factors_RI.shape[0]),
-        check_invariants=False,
-    )
-    return torch.sparse.sampled_addmm(places, x_TI.contiguous(), factors_RI.t(), beta=0.0).values().view(tokens, width)
-
-
-def bagged(z_TN: torch.Tensor, factors_OR: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
-    """For each row the sum of the given columns of `factors_OR`, weighted, (T, O)."""
-    rows_RO = factors_OR.t().contiguous()  # no copy where the factors lie by expert
-    starts = _starts(*columns_TN.shape)[1]
-    return torch.embedding_bag(rows_RO, columns_TN.view(-1), starts, False, SUM, False, z_TN.view(-1))[0]
-
-
-def _borrowed(rows: int, like: torch.Tensor) -> torch.Tensor:
-    """Memory of this thread for `rows` rows as in `like`, until the next call; fresh memory has to be mapped first."""
-    size = rows * like.shape[1]
-    known = getattr(_memory, "kept", None)
-    if known is None or known.numel() < size or known.dtype != like.dtype:
-        with torch.inference_mode(False):
-            known = _memory.kept = torch.empty(size, dtype=like.dtype)
-    return known[:size].view(rows, -1)
-
-
-@lru_cache(maxsize=64)
-def _starts(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each row of a matrix with `width` places a row starts, with the end and without."""
-    quieten()
-    with torch.inference_mode(False):
-        starts = torch.arange(tokens + 1) * width
-        return starts, starts[:-1]
-
-
-@cache
-def quieten() -> None:
-    """Make the first sparse tensor of the process, at which torch warns that sparse tensors are in beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

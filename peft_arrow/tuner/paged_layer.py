@@ -6,8 +6,8 @@ import torch
 
 from ..ops import routed_lora
 from .bank import BANKS, FactorStacks, bank_modules, linear_from
+from .expert_layout import lay_out_chosen
 from .hot_set import HotSet, needs_slots, paged_bank
-from .shared_plan import lay_out_chosen
 
 
 class PagedLayerMixin:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..ops import FOLDED_RANK, SPARSE_DTYPES, ExpertStack, folds, gathers, is_materialised
 from ..routers import ArrowRouter
+from .expert_layout import lay_out_by_expert
 from .prototype_state import optimizer_steps
 
 
@@ -147,31 +148,6 @@ def _is_offloaded(module: nn.Module) -> bool:
     """Whether a hook of accelerate brings the weights in for each call."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
-
-
-def lay_out_chosen(stack: ExpertStack, num_chosen: int) -> None:
-    """`lay_out_by_expert` for a stack of which single experts are read at inference."""
-    is_eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    if (
-        is_eager
-        and not stack.lies_by_expert()
-        and stack.is_whole()
-        and not folds(stack, num_chosen, has_gradients=False)
-    ):
-        lay_out_by_expert([bank.lora_B for bank in stack.banks])
-
-
-def lay_out_by_expert(linears: Sequence[nn.Linear]) -> None:
-    """Change how frozen weights (O, R) lie in memory, and nothing else: as (R, O), so that an expert is one piece.
-
-    In the usual order an expert has a few bytes in each of O rows, and reading one of a thousand is slow. Weights that
-    train keep theirs, because FSDP takes no others.
-    """
-    for linear in linears:
-        weight = linear.weight
-        if weight.is_contiguous() and not weight.requires_grad:
-            with torch.inference_mode(weight.is_inference()):
-                weight.data = weight.data.t().contiguous().t()
 
 
 def is_plain(layer: ArrowLoraLinear, adapter_name: str) -> bool:

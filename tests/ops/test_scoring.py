@@ -221,7 +221,7 @@ def test_is_silent():
     code = """
 import warnings, torch
 from peft_arrow.ops.scoring import scoring_index, top_k_in_two_stages
-from peft_arrow.ops.sparse import sampled
+from peft_arrow.ops.sparse_calls import sampled
 torch.manual_seed(0)
 with warnings.catch_warnings(record=True) as caught, torch.no_grad():
     warnings.simplefilter("always")

@@ -1,0 +1,62 @@
+"""torch's calls that read single rows of a matrix where they lie."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from functools import cache, lru_cache
+
+import torch
+
+
+SUM = 0  # what `embedding_bag` calls this mode
+_memory = threading.local()
+
+
+def sampled(x_TI: torch.Tensor, factors_RI: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
+    """x_TI @ factors_RI^T at the given columns of each row, (T, N); a column may come twice."""
+    tokens, width = columns_TN.shape
+    if width >= factors_RI.shape[0]:
+        return torch.mm(x_TI, factors_RI.t()).gather(1, columns_TN)
+    places = torch.sparse_csr_tensor(
+        _starts(tokens, width)[0],
+        columns_TN.view(-1),
+        x_TI.new_zeros(tokens * width),
+        (tokens, factors_RI.shape[0]),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(places, x_TI.contiguous(), factors_RI.t(), beta=0.0).values().view(tokens, width)
+
+
+def bagged(z_TN: torch.Tensor, factors_OR: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
+    """For each row the sum of the given columns of `factors_OR`, weighted, (T, O)."""
+    rows_RO = factors_OR.t().contiguous()  # no copy where the factors lie by expert
+    starts = _starts(*columns_TN.shape)[1]
+    return torch.embedding_bag(rows_RO, columns_TN.view(-1), starts, False, SUM, False, z_TN.view(-1))[0]
+
+
+def borrowed(rows: int, like: torch.Tensor) -> torch.Tensor:
+    """Memory of this thread for `rows` rows as in `like`, until the next call; fresh memory has to be mapped first."""
+    size = rows * like.shape[1]
+    known = getattr(_memory, "kept", None)
+    if known is None or known.numel() < size or known.dtype != like.dtype:
+        with torch.inference_mode(False):
+            known = _memory.kept = torch.empty(size, dtype=like.dtype)
+    return known[:size].view(rows, -1)
+
+
+@lru_cache(maxsize=64)
+def _starts(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row of a matrix with `width` places a row starts, with the end and without."""
+    quieten()
+    with torch.inference_mode(False):
+        starts = torch.arange(tokens + 1) * width
+        return starts, starts[:-1]
+
+
+@cache
+def quieten() -> None:
+    """Make the first sparse tensor of the process, at which torch warns that sparse tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
