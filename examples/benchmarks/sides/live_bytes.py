@@ -67,10 +67,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(values) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    found = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.sparse_csr:  # it has no storage, its parts do
+            found += _storages([leaf.crow_indices(), leaf.col_indices(), leaf.values()])
+        elif isinstance(leaf, torch.Tensor):
+            found.append(leaf.untyped_storage())
+    return found
 
 
-@torch.no_grad()
 def peak_bytes(model: nn.Module, layers: Iterable[nn.Module], ids: torch.Tensor) -> int:
     """The largest live bytes inside `layers` in a prefill of `ids` without a cache, logits of the last token only."""
     with LiveBytes(layers) as counter:
