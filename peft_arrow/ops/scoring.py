@@ -106,7 +106,7 @@ def scoring_index(prototypes: Sequence[torch.Tensor]) -> ScoringIndex:
     kept = tuple(rows_EI.detach().float() for rows_EI in prototypes)
     (experts, width), places = shapes[0], -(-shapes[0][0] // SLAB) * SLAB
     rounded_GPI = torch.zeros(len(kept), places, width, dtype=torch.bfloat16, device=kept[0].device)
-    expert_P = torch.randperm(places, generator=torch.Generator().manual_seed(0)).to(kept[0].device)
+    expert_P = torch.randperm(places, generator=torch.Generator().manual_seed(0), device="cpu").to(kept[0].device)
     longest, lost = [], []
     for places_PI, rows_EI in zip(rounded_GPI, kept, strict=True):
         places_PI[:experts] = rows_EI
@@ -228,7 +228,12 @@ def _decide(x_TI: torch.Tensor, index: ScoringIndex, row_N, expert_N, count_GT: 
         begin, end = bounds[g], bounds[g + 1]
         first = torch.cat([starts_GT[g], ends_GT[g, -1:]]) - begin
         wanted = torch.sparse_csr_tensor(
-            first, expert_N[begin:end], score_N.new_zeros(end - begin), (tokens, len(rows_EI)), check_invariants=False
+            first,
+            expert_N[begin:end],
+            score_N.new_zeros(end - begin),
+            (tokens, len(rows_EI)),
+            device=x_TI.device,
+            check_invariants=False,
         )
         score_N[begin:end] = torch.sparse.sampled_addmm(wanted, x_TI, rows_EI.t(), beta=0.0).values()
     place_N = torch.arange(len(row_N), device=x_TI.device) + (row_N * width - starts_GT.view(-1)[row_N])

@@ -23,6 +23,7 @@ def sampled(x_TI: torch.Tensor, factors_RI: torch.Tensor, columns_TN: torch.Tens
         columns_TN.view(-1),
         x_TI.new_zeros(tokens * width),
         (tokens, factors_RI.shape[0]),
+        device=x_TI.device,  # and not the default device
         check_invariants=False,
     )
     return torch.sparse.sampled_addmm(places, x_TI.contiguous(), factors_RI.t(), beta=0.0).values().view(tokens, width)
@@ -41,7 +42,7 @@ def borrowed(rows: int, like: torch.Tensor) -> torch.Tensor:
     known = getattr(_memory, "kept", None)
     if known is None or known.numel() < size or known.dtype != like.dtype:
         with torch.inference_mode(False):
-            known = _memory.kept = torch.empty(size, dtype=like.dtype)
+            known = _memory.kept = torch.empty(size, dtype=like.dtype, device="cpu")
     return known[:size].view(rows, -1)
 
 
@@ -50,7 +51,7 @@ def _starts(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each row of a matrix with `width` places a row starts, with the end and without."""
     quieten()
     with torch.inference_mode(False):
-        starts = torch.arange(tokens + 1) * width
+        starts = torch.arange(tokens + 1, device="cpu") * width
         return starts, starts[:-1]
 
 
@@ -59,4 +60,4 @@ def quieten() -> None:
     """Make the first sparse tensor of the process, at which torch warns that sparse tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), device="cpu", check_invariants=False)

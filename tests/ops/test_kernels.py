@@ -198,3 +198,15 @@ def test_auto_takes_sparse_on_a_cpu_and_only_there():
     assert select_kernel("auto", x.to("meta"), stack, 2) == "grouped"
     with torch.enable_grad():
         assert select_kernel("auto", x, stack, 2) == "grouped"
+
+
+@torch.no_grad()
+def test_sparse_keeps_nothing_of_a_default_device():
+    """What it keeps between calls is for the CPU, whatever the default device is at the first call."""
+    stack = make_stack((8,) * 40, (tuple(range(40)),), 16, 12, torch.float32)
+    x, index, weights = torch.randn(31, 16), torch.rand(31, 40).topk(3, dim=-1).indices, torch.rand(31, 3)
+    with torch.device("meta"):
+        first = routed_lora(x, stack, index, weights, aggregation="output", kernel="sparse")
+    expected = routed_lora(x, stack, index, weights, aggregation="output", kernel="eager")
+    assert torch.allclose(first, expected, atol=1e-4)
+    assert torch.equal(first, routed_lora(x, stack, index, weights, aggregation="output", kernel="sparse"))
