@@ -98,5 +98,6 @@ def is_sparse(x_TI: torch.Tensor, stack: ExpertStack) -> bool:
         and not stack.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
