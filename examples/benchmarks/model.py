@@ -6,6 +6,7 @@
     python examples/benchmarks/model.py --sides "ours folded" "PEFT Arrow"       # and base, plain LoRA, ours auto
     python examples/benchmarks/model.py --base random-7b --device cuda --dtype bfloat16 --experts 16 256 \\
         --work prefill decode --tokens 1 32 2048 16384 --compile --cuda-graphs
+    python examples/benchmarks/model.py --draw few/model.json many/model.json --output results   # of earlier runs
     python examples/benchmarks/model.py --smoke                       # a pico base, seconds
 
 The sides are the base, one plain PEFT LoRA, ours with the kernel `auto` and with each other, PEFT's Arrow, mttl's
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import tempfile
 from pathlib import Path
 
@@ -86,11 +88,18 @@ def options() -> argparse.Namespace:
     parser.add_argument("--train-tokens", type=int, default=128, help="of a row (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also time prefills through torch.compile")
     parser.add_argument("--cuda-graphs", action="store_true", help="also time prefills as CUDA graphs")
+    parser.add_argument(
+        "--draw", type=Path, nargs="+", metavar="FILE", help="model.json files to draw together; nothing is measured"
+    )
     return settle(parser.parse_args(), tokens=[24], decode=32, train_tokens=12)
 
 
 def main() -> None:
     args = options()
+    if args.draw:
+        rows = [row for file in args.draw for row in json.loads(file.read_text())["measured"]]
+        plot_curves(panels(rows), "experts", (args.output or Path()) / "model.png")
+        return
     rows = run_all(args, "model", run)
     if args.output:
         plot_curves(panels(rows), "experts", args.output / "model.png")

@@ -16,6 +16,7 @@ def plot_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ImportError("the plot needs matplotlib: pip install 'peft-arrow[viz]'") from error
     figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
@@ -25,6 +26,8 @@ def plot_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
         axes.set(xlabel=x, ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
