@@ -71,7 +71,7 @@ def test_mixed_library_routes_saves_loads_and_generates(real):
     model = ArrowLoraModel.from_pretrained(base, folders, top_k=2)
     expected = logits_of(model, batch)
     model.set_kernel("eager")
-    assert float((logits_of(model, batch) - expected).abs().max()) < 1e-4
+    assert float((logits_of(model, batch) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     model.set_kernel("auto")
     with model.trace_routing() as trace:
         out = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=tokenizer.pad_token_id)

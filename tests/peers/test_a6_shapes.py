@@ -223,7 +223,8 @@ def test_replicas_of_data_parallel(trio):
         wanted = layer(x)
         for _ in range(3):
             replica = layer._replicate_for_data_parallel()
-            assert torch.equal(replica(x), wanted)
+            # by the general way, which rounds in another order than the short one
+            assert difference(replica(x), wanted) <= 1e-5
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert torch.equal(logits(model), expected)
 
