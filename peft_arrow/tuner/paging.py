@@ -83,7 +83,7 @@ class PagingMixin:
             if is_main is None:
                 continue
             device = layer.arrow_lora_router[adapter_name].weight.device
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
                 weights = tuple(
                     torch.empty(half.weight.shape, dtype=half.weight.dtype, device=device).copy_(half.weight)
                     for half in bank_modules(layer, adapter_name, is_main)
@@ -96,7 +96,7 @@ class PagingMixin:
         """Each paged layer, its bank, and copies of the bank's factors in the store."""
         layers = self.routed_layers(adapter_name)
         for module, is_main in store.shapes:
-            with torch.no_grad(), torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
                 weights = store.bank(module, is_main)
                 for weight, half in zip(weights, bank_modules(layers[module], adapter_name, is_main), strict=True):
                     weight.copy_(half.weight)

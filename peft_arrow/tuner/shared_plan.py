@@ -103,7 +103,7 @@ def make_plan(members: Sequence[ArrowLoraLinear], name: str) -> Plan | None:
     scaling, dtype = _only_scaling(stacks), linears[0].weight.dtype
     # a copy is for few weights, and for those that tell when they change
     can_join = is_folded and scaling is not None and all(stack.rank <= FOLDED_RANK for stack in stacks)
-    can_join = can_join and all(weight.dtype == torch.float32 and not weight.is_inference() for weight in weights)
+    can_join = can_join and all(weight.dtype == torch.float32 and _is_told_of(weight) for weight in weights)
     return Plan(
         stacks=stacks,
         prototypes=prototypes,
@@ -121,9 +121,9 @@ def make_plan(members: Sequence[ArrowLoraLinear], name: str) -> Plan | None:
 
 
 def _joined(stacks: Sequence[ExpertStack], prototypes: Sequence[nn.Linear]) -> torch.Tensor:
-    with torch.inference_mode(False):
-        rows = [prototype.weight for prototype in prototypes]
-        return torch.cat([*rows, *(stack.banks[0].lora_A.weight for stack in stacks)])
+    linears = [*prototypes, *(stack.banks[0].lora_A for stack in stacks)]
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.cat([linear.weight for linear in linears])
 
 
 def _only_scaling(stacks: Sequence[ExpertStack]) -> float | None:
@@ -137,6 +137,11 @@ def _only_scaling(stacks: Sequence[ExpertStack]) -> float | None:
 
 def _linears(stack: ExpertStack) -> list[nn.Linear]:
     return [linear for bank in stack.banks for linear in (bank.lora_A, bank.lora_B)]
+
+
+def _is_told_of(weight: torch.Tensor) -> bool:
+    """Whether a change of the weight is seen: not of inference mode, and no view into what FSDP gathers."""
+    return isinstance(weight, nn.Parameter) and not weight.is_inference() and not weight._is_view()
 
 
 def _state(weight: torch.Tensor) -> tuple[torch.Tensor, int | None, int]:
