@@ -11,8 +11,8 @@ from .eager import eager
 from .folded import folded, folded_gated
 from .gather import gather, gather_gated
 from .grouped import grouped
-from .scoring import ScoringIndex, TopScores, scores_in_two_stages, scoring_index, top_k_in_two_stages
-from .sparse import SPARSE_DTYPES, is_sparse, shrink_token, sparse, sparse_gated
+from .scoring import ScoringIndex, full_scores, scores_in_two_stages, scoring_index, top_k_in_two_stages
+from .sparse import is_for_sparse, is_sparse, shrink_token, sparse, sparse_gated
 from .sparse_calls import bagged
 from .stack import BankConstants, ExpertBank, ExpertStack, bank_constants, is_materialised
 from .triton import triton
@@ -115,21 +115,20 @@ __all__ = [
     "AGGREGATIONS",
     "FOLDED_RANK",
     "KERNELS",
-    "SPARSE_DTYPES",
     "BankConstants",
     "ExpertBank",
     "ExpertStack",
     "ScoringIndex",
-    "TopScores",
     "bagged",
     "bank_constants",
     "check_kernel",
     "folded_gated",
     "folds",
+    "full_scores",
     "gather_gated",
     "gathers",
+    "is_for_sparse",
     "is_materialised",
-    "is_sparse",
     "log_choice",
     "routed_lora",
     "scores_in_two_stages",

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sparse_calls import quieten
+from .sparse_calls import products_at
 
 
 SLAB = 64  # experts of which one maximum is taken: as many as two registers of int16 hold
@@ -102,7 +102,6 @@ def scoring_index(prototypes: Sequence[torch.Tensor]) -> ScoringIndex:
     shapes = [tuple(rows_EI.shape) for rows_EI in prototypes]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2:
         raise ValueError(f"prototypes must be matrices (E, I) of one shape, at least one; got shapes {shapes}.")
-    quieten()
     kept = tuple(rows_EI.detach().float() for rows_EI in prototypes)
     (experts, width), places = shapes[0], -(-shapes[0][0] // SLAB) * SLAB
     rounded_GPI = torch.zeros(len(kept), places, width, dtype=torch.bfloat16, device=kept[0].device)
@@ -126,11 +125,16 @@ def top_k_in_full(x_TI: torch.Tensor, prototypes: Sequence[torch.Tensor], k: int
         prototypes (`Sequence[torch.Tensor]`): (E, I) of each module, float32.
         k (`int`): K, at most E.
     """
+    return TopScores(*torch.topk(full_scores(x_TI, prototypes), k, dim=-1), 1.0)
+
+
+def full_scores(x_TI: torch.Tensor, prototypes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """|x . p| of each module's prototypes, float32 (G, T, E); arguments as for `top_k_in_full`. No gradients."""
     x_TI = x_TI.float()
     scores_GTE = x_TI.new_empty(len(prototypes), len(x_TI), len(prototypes[0]))
     for scores_TE, rows_EI in zip(scores_GTE, prototypes, strict=True):
         torch.mm(x_TI, rows_EI.t(), out=scores_TE)
-    return TopScores(*torch.topk(scores_GTE.abs_(), k, dim=-1), 1.0)
+    return scores_GTE.abs_()
 
 
 @torch.no_grad()
@@ -219,7 +223,7 @@ def _candidates(bits_GTP: torch.Tensor, largest_GTS: torch.Tensor, least_GT: tor
 
 def _decide(x_TI: torch.Tensor, index: ScoringIndex, row_N, expert_N, count_GT: torch.Tensor, k: int):
     """Scores (G, T, K) and experts (G, T, K): the float32 scores of the candidates, and the largest."""
-    tokens, ends_GT = len(x_TI), count_GT.view(-1).cumsum(0).view_as(count_GT)
+    ends_GT = count_GT.view(-1).cumsum(0).view_as(count_GT)
     starts_GT = ends_GT - count_GT
     width = max(int(count_GT.max()), k)
     score_N = x_TI.new_empty(len(row_N))
@@ -227,15 +231,7 @@ def _decide(x_TI: torch.Tensor, index: ScoringIndex, row_N, expert_N, count_GT: 
     for g, rows_EI in enumerate(index.prototypes):
         begin, end = bounds[g], bounds[g + 1]
         first = torch.cat([starts_GT[g], ends_GT[g, -1:]]) - begin
-        wanted = torch.sparse_csr_tensor(
-            first,
-            expert_N[begin:end],
-            score_N.new_zeros(end - begin),
-            (tokens, len(rows_EI)),
-            device=x_TI.device,
-            check_invariants=False,
-        )
-        score_N[begin:end] = torch.sparse.sampled_addmm(wanted, x_TI, rows_EI.t(), beta=0.0).values()
+        score_N[begin:end] = products_at(x_TI, rows_EI, first, expert_N[begin:end])
     place_N = torch.arange(len(row_N), device=x_TI.device) + (row_N * width - starts_GT.view(-1)[row_N])
     scores = x_TI.new_full((*count_GT.shape, width), -1.0)
     experts = expert_N.new_zeros(scores.shape)

@@ -82,10 +82,10 @@ def shrink_token(
     """
     width, num_chosen = x_1I.shape[1], index_GK.shape[1]
     by_expert = [bank.lora_A.weight.view(len(bank.ranks), -1) for bank in banks]
-    pieces = borrowed(index_GK.numel(), by_expert[0]).split(num_chosen)
-    for rows, index_K, piece in zip(by_expert, index_GK.unbind(), pieces, strict=True):
+    chosen = borrowed(index_GK.numel(), by_expert[0])
+    for rows, index_K, piece in zip(by_expert, index_GK.unbind(), chosen.split(num_chosen), strict=True):
         torch.index_select(rows, 0, index_K, out=piece)
-    z = torch.mv(borrowed(index_GK.numel(), by_expert[0]).view(-1, width), x_1I.view(-1))
+    z = torch.mv(chosen.view(-1, width), x_1I.view(-1))
     z.view(gates_GK.numel(), -1).mul_(gates_GK.view(-1, 1))
     return z.view(len(banks), -1)
 
@@ -93,11 +93,15 @@ def shrink_token(
 def is_sparse(x_TI: torch.Tensor, stack: ExpertStack) -> bool:
     """Whether this kernel can run."""
     return (
-        x_TI.device.type == "cpu"
-        and x_TI.dtype in SPARSE_DTYPES
+        is_for_sparse(x_TI.device, x_TI.dtype)
         and not stack.training
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and torch._C._functorch.peek_interpreter_stack() is None
     )
+
+
+def is_for_sparse(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this kernel is for factors and inputs of the dtype on the device."""
+    return device.type == "cpu" and dtype in SPARSE_DTYPES

@@ -13,26 +13,41 @@ SUM = 0  # what `embedding_bag` calls this mode
 _memory = threading.local()
 
 
-def sampled(x_TI: torch.Tensor, factors_RI: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
-    """x_TI @ factors_RI^T at the given columns of each row, (T, N); a column may come twice."""
-    tokens, width = columns_TN.shape
-    if width >= factors_RI.shape[0]:
-        return torch.mm(x_TI, factors_RI.t()).gather(1, columns_TN)
+def products_at(
+    x_TI: torch.Tensor, factors_RI: torch.Tensor, starts: torch.Tensor, columns_N: torch.Tensor
+) -> torch.Tensor:
+    """x_TI @ factors_RI^T at the given places alone, (N,).
+
+    Args:
+        x_TI (`torch.Tensor`): contiguous (T, I).
+        factors_RI (`torch.Tensor`): (R, I).
+        starts (`torch.Tensor`): int64 (T + 1,), where each row's columns start in `columns_N`, and the end.
+        columns_N (`torch.Tensor`): int64 (N,); a column may come twice in a row.
+    """
+    quieten()
     places = torch.sparse_csr_tensor(
-        _starts(tokens, width)[0],
-        columns_TN.view(-1),
-        x_TI.new_zeros(tokens * width),
-        (tokens, factors_RI.shape[0]),
+        starts,
+        columns_N,
+        x_TI.new_zeros(len(columns_N)),
+        (len(x_TI), factors_RI.shape[0]),
         device=x_TI.device,  # and not the default device
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(places, x_TI.contiguous(), factors_RI.t(), beta=0.0).values().view(tokens, width)
+    return torch.sparse.sampled_addmm(places, x_TI, factors_RI.t(), beta=0.0).values()
+
+
+def sampled(x_TI: torch.Tensor, factors_RI: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
+    """x_TI @ factors_RI^T at the given columns of each row, (T, N); a column may come twice."""
+    if columns_TN.shape[1] >= factors_RI.shape[0]:
+        return torch.mm(x_TI, factors_RI.t()).gather(1, columns_TN)
+    starts, _ = _starts(*columns_TN.shape)
+    return products_at(x_TI.contiguous(), factors_RI, starts, columns_TN.view(-1)).view(columns_TN.shape)
 
 
 def bagged(z_TN: torch.Tensor, factors_OR: torch.Tensor, columns_TN: torch.Tensor) -> torch.Tensor:
     """For each row the sum of the given columns of `factors_OR`, weighted, (T, O)."""
     rows_RO = factors_OR.t().contiguous()  # no copy where the factors lie by expert
-    starts = _starts(*columns_TN.shape)[1]
+    _, starts = _starts(*columns_TN.shape)
     return torch.embedding_bag(rows_RO, columns_TN.view(-1), starts, False, SUM, False, z_TN.view(-1))[0]
 
 
@@ -49,7 +64,6 @@ def borrowed(rows: int, like: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=64)
 def _starts(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each row of a matrix with `width` places a row starts, with the end and without."""
-    quieten()
     with torch.inference_mode(False):
         starts = torch.arange(tokens + 1, device="cpu") * width
         return starts, starts[:-1]

@@ -18,6 +18,7 @@ from ..ops import (
     ScoringIndex,
     bagged,
     folded_gated,
+    full_scores,
     gather_gated,
     routed_lora,
     scores_in_two_stages,
@@ -173,7 +174,7 @@ class SharedInput:
                 z_TN = torch.mm(x_TI, plan.joined.t())
                 logits_GTE = z_TN[:, : groups * num_experts].abs().view(-1, groups, num_experts).transpose(0, 1)
             else:
-                logits_GTE = _scores(plan, x_TI)
+                logits_GTE = full_scores(x_TI, [linear.weight for linear in plan.prototypes])
             if plan.calibration is not None:
                 mean_G1E, spread_G1E = plan.calibration
                 logits_GTE.sub_(mean_G1E).div_(spread_G1E)
@@ -192,15 +193,6 @@ class SharedInput:
     def _new_plan(self) -> Plan | None:
         self.is_refused = not all(is_plain(member, self.adapter_name) for member in self.members)
         return None if self.is_refused else make_plan(self.members, self.adapter_name)
-
-
-def _scores(plan: Plan, x_TI: torch.Tensor) -> torch.Tensor:
-    """|x . v| of each module's prototypes, float32 (G, T, E)."""
-    x_TI = x_TI if x_TI.dtype == torch.float32 else x_TI.float()
-    logits_GTE = x_TI.new_empty(len(plan.prototypes), x_TI.shape[0], plan.stacks[0].num_experts)
-    for logits_TE, linear in zip(logits_GTE, plan.prototypes, strict=True):
-        torch.mm(x_TI, linear.weight.t(), out=logits_TE)
-    return logits_GTE.abs_()
 
 
 def _prepared(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from ..ops import FOLDED_RANK, SPARSE_DTYPES, ExpertStack, folds, gathers, is_materialised
+from ..ops import FOLDED_RANK, ExpertStack, folds, gathers, is_for_sparse, is_materialised
 from ..routers import ArrowRouter
 from .expert_layout import lay_out_by_expert
 from .prototype_state import optimizer_steps
@@ -112,7 +112,7 @@ def make_plan(members: Sequence[ArrowLoraLinear], name: str) -> Plan | None:
         scaling=scaling,
         columns_R=None if scaling is None else torch.arange(stacks[0].banks[0].ranks[0], device=device),
         chosen_rank=num_chosen * max(bank.ranks[0] for stack in stacks for bank in stack.banks),
-        can_sparse=device.type == "cpu" and dtype in SPARSE_DTYPES and all(stack.lies_by_expert() for stack in stacks),
+        can_sparse=is_for_sparse(device, dtype) and all(stack.lies_by_expert() for stack in stacks),
         calibration=calibration,
         seen=seen,
         steps=optimizer_steps(),
