@@ -23,6 +23,7 @@ _LAZY = {
     "RoutingTrace": "tuner.trace",
     "Task": "evaluation.tasks",
     "TrainingFailed": "training",
+    "adapt": "adaptation.adapt",
     "evaluate_library": "evaluation.judge",
     "merge_adapters": "clustering.merging",
     "push_to_hub": "modeling",

@@ -36,6 +36,7 @@ ROOMS = {
     "modeling": ["library", "library.adapter", "ops", "routers", "tuner"],
     "tracing": ["library", "library.adapter", "modeling", "tuner"],
     "evaluation": ["library", "library.adapter", "modeling", "routers", "tuner"],
+    "adaptation": ["evaluation", "library", "library.adapter", "training", "tuner"],
     "": ["modeling", "tuner"],
     "quickstart": [
         "",
@@ -48,7 +49,18 @@ ROOMS = {
         "training",
         "tuner",
     ],
-    "cli": ["", "building", "clustering", "evaluation", "library", "modeling", "quickstart", "tracing", "training"],
+    "cli": [
+        "",
+        "adaptation",
+        "building",
+        "clustering",
+        "evaluation",
+        "library",
+        "modeling",
+        "quickstart",
+        "tracing",
+        "training",
+    ],
 }
 # Rooms that load few packages on purpose: they are read first and reused most.
 PACKAGES = {
@@ -78,7 +90,7 @@ ADAPTER_FILES = tuple(
 )
 LEAVES = ("cards", "prompts", "version")
 # Rooms that need an extra: loaded when asked for, as the packages of the extras are.
-ON_DEMAND = ("building", "clustering", "evaluation", "quickstart", "training")
+ON_DEMAND = ("adaptation", "building", "clustering", "evaluation", "quickstart", "training")
 # Packages whose import name is not their name with underscores.
 IMPORT_NAMES = {"scikit-learn": "sklearn"}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from .errors import NotFinite
 from .reading import without_bars
@@ -105,11 +107,31 @@ def fit(
             callbacks=[Watch(on_step)],
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with scoring_labels_only():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     tensors = _gathered(trainer) if whole else None
     return Outcome(state.global_step, int(state.num_input_tokens_seen), losses, tensors)
+
+
+@contextlib.contextmanager
+def scoring_labels_only() -> Iterator[None]:
+    """Have TRL's language-model head score the labelled positions alone on a CPU too, as it does on GPUs.
+
+    Elsewhere TRL 1.16 scores every position, because shapes that change would be compiled again there. A CPU compiles
+    nothing, and where completions are short and the vocabulary is large, the head took half of a step. The loss is
+    the same: positions without a label count 0. A TRL without the switch is left as it is.
+    """
+    switch = getattr(trl_utils, "_use_triton", None)
+    if switch is None:
+        yield
+        return
+    trl_utils._use_triton = lambda device: device.type == "cpu" or switch(device)
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = switch
 
 
 def _gathered(trainer: SFTTrainer) -> dict[str, torch.Tensor]:

@@ -44,7 +44,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One expert to be trained: its rows, its folder, both configs filled in, and more arguments for `fit`."""
+    """One expert to be trained: its rows, its folder, and both configs filled in.
+
+    `more` is called with the fresh adapter and returns more arguments for `fit`; `after` with the trained one, before
+    it is saved.
+    """
 
     examples: Examples
     folder: Path
@@ -52,6 +56,7 @@ class Job:
     lora: PeftConfig
     identity: dict[str, Any]
     more: Callable[[PeftModel], dict[str, Any]] = lambda model: {}
+    after: Callable[[PeftModel], Any] = lambda model: None
 
     @property
     def name(self) -> str:
@@ -118,6 +123,7 @@ def train_job(
                     writes=processes.is_alone_or_main,
                     **job.more(peft_model),
                 )
+                job.after(peft_model)
                 record = record_of(job, outcome, peft_model, time.monotonic() - started)
                 if processes.is_alone_or_main:
                     write_expert(peft_model, record, job.folder, outcome.tensors)

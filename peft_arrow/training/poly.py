@@ -19,6 +19,7 @@ from .base import Base
 from .checkpoints import checkpoints_of
 from .data import Examples, check_lengths, joined
 from .jobs import Job, Plan, finished, identity_of
+from .optimizers import two_rates
 from .processes import Processes
 from .progress import reporting
 from .recipe import lora_arguments, sft_arguments
@@ -27,8 +28,6 @@ from .stage import Stage, try_job
 
 
 TASK_COLUMN = "task_ids"
-# The learning rate of the tasks' weights over the skills: mttl's, far above that of the skills.
-ROUTER_LEARNING_RATE = 0.1
 MODEL_NAME = "poly"
 
 
@@ -133,16 +132,5 @@ def _poly_options(model: PeftModel, arguments: Any, pad_token_id: int) -> dict[s
         sizes = (module.in_features, module.out_features) if isinstance(module, PolyLayer) else ()
         if any(size % splits for size in sizes):
             raise ValueError(f"n_splits={splits} does not divide the features of {name}, {sizes}.")
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in named if "poly_router" not in name]},
-        {"params": [parameter for name, parameter in named if "poly_router" in name], "lr": ROUTER_LEARNING_RATE},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        weight_decay=arguments.weight_decay,
-    )
+    optimizer = two_rates(model, arguments, lambda name: "poly_router" in name)
     return {"collator": TaskCollator(pad_token_id), "optimizer": optimizer}
