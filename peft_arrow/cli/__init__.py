@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from . import build, cluster, discover, evaluate, inspect, pull, push, quickstart, route, train
+from . import adapt, build, cluster, discover, evaluate, inspect, pull, push, quickstart, route, train
 
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "train": train,
     "cluster": cluster,
     "build": build,
+    "adapt": adapt,
     "route": route,
     "evaluate": evaluate,
     "pull": pull,

@@ -1,0 +1,163 @@
+"""What the numbers come from: who is alike, who helps whom, who is routed where."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+
+from peft_arrow import ArrowLoraModel, MBCClusterer, train_adapter, train_library
+from peft_arrow.evaluation.batches import batches_by_length, padded
+from peft_arrow.evaluation.rows import read_row
+from peft_arrow.evaluation.scoring import score_options
+from peft_arrow.library.delta import delta_products
+
+from .setting import Setting
+
+
+def similarity(setting: Setting, library: str) -> None:
+    """Cosines between a library's experts: of their updates, and of the numbers of A and B (the paper's)."""
+    experts = list(setting.library(library).values())
+    products = delta_products(experts)
+    lengths = np.sqrt(np.diag(products))
+    flat = np.stack(
+        [np.concatenate([tensor.float().numpy().ravel() for _, tensor in sorted(one.tensors.items())]) for one in experts]
+    )
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    found = {"names": [one.name for one in experts], "delta": (products / np.outer(lengths, lengths)).tolist()}
+    setting.write(f"similarity/{library}.json", {**found, "factors": (flat @ flat.T).tolist()})
+
+
+def routing(setting: Setting, library: str) -> None:
+    """Where Arrow sends the upstream tasks' own tokens: agreement by layer, entropy, and who is taken for whom."""
+    model, tokenizer = setting.base
+    groups = setting.groups(library)
+    own = {task: expert for expert, tasks in groups.items() for task in tasks}
+    count, suites = setting.config["analyses"]["traced_rows"], setting.suites
+    routed = ArrowLoraModel.from_pretrained(
+        model, setting.library(library), top_k=setting.config["judging"]["top_k"]
+    )
+    found: dict[str, Any] = {}
+    try:
+        for name, calibrated in (("arrow", False), ("arrow-calibrated", True)):
+            routed.set_router("arrow", calibrated=False)
+            if calibrated:
+                routed.calibrate_router()
+            with routed.trace_routing() as trace:
+                for task in suites.upstream:
+                    rows = [read_row(row, task) for row in suites.judged["upstream"][task][:count]]
+                    ids = [tokenizer(row.prompt + row.completion)["input_ids"] for row in rows]
+                    for batch in batches_by_length([len(row) for row in ids]):
+                        tokens, mask = padded([ids[place] for place in batch], "right", 0, model.device)
+                        trace.tasks = [task] * len(batch)
+                        routed(input_ids=tokens, attention_mask=mask, use_cache=False)
+            found[name] = _measured(trace, own)
+    finally:
+        routed.unload()
+    setting.write(f"routing/{library}.json", {"experts": list(groups), "own": own, "routers": found})
+
+
+def _measured(trace: Any, own: dict[str, str]) -> dict[str, Any]:
+    agreement = {by: trace.agreement(own, by) for by in ("all", "layer", "kind")}
+    return {
+        "agreement": {by: {name: vars_of(one) for name, one in found.items()} for by, found in agreement.items()},
+        "entropy": {name: vars_of(one) for name, one in trace.entropy("layer").items()},
+        "shares": trace.shares("task"),
+    }
+
+
+def vars_of(one: Any) -> dict[str, Any]:
+    """A frozen dataclass as JSON has it."""
+    return {name: getattr(one, name) for name in one.__dataclass_fields__}
+
+
+def list_pairs(setting: Setting) -> None:
+    """Pairs of tasks at even distances of their private adapters' similarity, from the least to the most alike."""
+    similarity(setting, "private-0")
+    found = json.loads((setting.root / "similarity/private-0.json").read_text())
+    pairs = sorted(
+        (found["delta"][one][other], found["factors"][one][other], found["names"][one], found["names"][other])
+        for one, other in itertools.combinations(range(len(found["names"])), 2)
+    )
+    count = setting.config["analyses"]["pairs"]
+    places = np.linspace(0, len(pairs) - 1, count).round().astype(int)
+    chosen = [pairs[place] for place in places]
+    setting.write("pairs.json", [dict(zip(("delta", "factors", "one", "other"), pair)) for pair in chosen])
+
+
+def pair(setting: Setting, number: int) -> None:
+    """Train one LoRA on both tasks of a pair, and compare it with their private ones on their eval rows."""
+    model, tokenizer = setting.base
+    told = json.loads((setting.root / "pairs.json").read_text())[number]
+    tasks, training = (told["one"], told["other"]), setting.config["training"]
+    rows = [
+        {key: row[key] for key in ("instruction", "input", "output")}
+        for task in tasks
+        for row in setting.suites.train[task]
+    ]
+    folder = setting.root / "pairs" / f"{number}-{'-'.join(tasks)}"
+    train_adapter(
+        model,
+        rows,
+        output_dir=folder,
+        steps=2 * training["steps"],
+        tokenizer=tokenizer,
+        init_seed=0,
+        sft_config=setting.sft(0),
+        lora_config=setting.lora(),
+        progress=False,
+    )
+    private = setting.library_folder("private-0") / "experts"
+    losses = {
+        "joint": {task: _eval_losses(setting, folder, task) for task in tasks},
+        "private": {task: _eval_losses(setting, private / task, task) for task in tasks},
+    }
+    setting.write(f"transfer/{number}.json", {**told, "losses": losses})
+
+
+def _eval_losses(setting: Setting, folder: Any, task: str) -> list[float]:
+    model, tokenizer = setting.base
+    count = setting.config["adapting"]["eval_rows"]
+    rows = [read_row(row, task) for row in setting.suites.judged["upstream"][task][:count]]
+    adapted = PeftModel.from_pretrained(model, folder).eval()
+    try:
+        items = [{"prompt": row.prompt, "options": [row.completion]} for row in rows]
+        return [round(options[0].mean_nll, 6) for options in score_options(adapted, tokenizer, items)]
+    finally:
+        adapted.unload()
+
+
+def clusters(setting: Setting, count: int) -> None:
+    """An MBC library of another number of clusters, from the private adapters of `mbc-0`; its own experts' losses."""
+    model, tokenizer = setting.base
+    suites, steps = setting.suites, setting.config["training"]["steps"]
+    first = max(1, min(round(0.4 * steps), steps - 1))
+    private = setting.root / "libraries" / "mbc-0-training" / "private"
+    refs = {task: private / task for task in suites.upstream}
+    groups = MBCClusterer(count, random_state=0).fit(refs).clusters_
+    folder = setting.root / "clusters" / str(count)
+    from peft_arrow import train_groups
+
+    train_groups(
+        model,
+        {name: list(tasks) for name, tasks in groups.items()},
+        {task: suites.train[task] for task in suites.upstream},
+        output_dir=folder,
+        steps={name: (steps - first) * len(tasks) for name, tasks in groups.items()},
+        tokenizer=tokenizer,
+        init_seed=0,
+        sft_config=setting.sft(0),
+        lora_config=setting.lora(),
+        progress=False,
+    )
+    losses = {
+        task: _eval_losses(setting, folder / "experts" / name, task) for name, tasks in groups.items() for task in tasks
+    }
+    setting.write(
+        f"cluster-losses/{count}.json",
+        {"clusters": count, "losses": losses, "mean": statistics.fmean(map(statistics.fmean, losses.values()))},
+    )

@@ -1,0 +1,53 @@
+"""What is judged: rows of all suites, each library in the ways of a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_arrow import AdapterLibrary, Task, evaluate_library, merge_adapters
+
+from .setting import Setting
+from .ways import NEED_DATA, methods_of
+
+
+def judge(setting: Setting, library: str, group: str, number: int) -> None:
+    """Judge one library on the rows of one round; what is kept in the folder is not judged again."""
+    model, tokenizer = setting.base
+    options = setting.config["judging"]
+    rows = setting.suites.round(number, options["rows"])
+    tasks = [Task(f"{setting.suites.suite_of(task)}.{task}", part) for task, part in rows.items()]
+    groups = setting.groups(library)
+    own = {task: expert for expert, members in groups.items() for task in members}
+    experts = setting.library(library)
+    found = evaluate_library(
+        model,
+        canonical(experts) if group == "canonical" else experts,
+        tasks,
+        methods=methods_of(group, library),
+        output_dir=setting.root / "judged" / f"{library}-{group}-{number}",
+        tokenizer=tokenizer,
+        oracle={task.name: own[name] for task, name in zip(tasks, rows) if name in own} if len(groups) > 1 else None,
+        fit_data=fit_rows(setting, groups) if group in NEED_DATA else None,
+        controls=False,
+        generate=False,
+        top_k=options["top_k"],
+        selection_rows=0,
+        traced_rows=2,
+    )
+    setting.write(f"reports/{library}-{group}-{number}.json", found.data)
+
+
+def fit_rows(setting: Setting, groups: dict[str, list[str]]) -> dict[str, list[Any]]:
+    """Training rows of each expert, from all its tasks in turn."""
+    count, train = setting.config["judging"]["fit_rows"], setting.suites.train
+    found = {}
+    for expert, tasks in groups.items():
+        turns = [row for rows in zip(*(train[task][:count] for task in tasks)) for row in rows]
+        found[expert] = [{key: row[key] for key in ("instruction", "input", "output")} for row in turns[:count]]
+    return found
+
+
+def canonical(library: AdapterLibrary) -> AdapterLibrary:
+    """The same updates written as U sqrt(S) and sqrt(S) V^T of their singular value decomposition."""
+    rewritten = {name: merge_adapters({name: expert}, name=name).adapter for name, expert in library.items()}
+    return AdapterLibrary(rewritten, library.base_model_name_or_path)

@@ -1,0 +1,156 @@
+"""The work in pieces of a few minutes: what is done is marked, what is in work is locked, anything may be killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from . import adapting, analyses
+from .judge import judge
+from .setting import Setting
+from .train import train
+
+
+WAIT = 2.0  # seconds between looks at what others are doing
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of work.
+
+    Args:
+        name (`str`): of its mark and lock.
+        run (`Callable`): does it, or what is left of it.
+        after (`tuple[str, ...]`): pieces that have to be done before.
+    """
+
+    name: str
+    run: Callable[[Setting], None]
+    after: tuple[str, ...] = ()
+
+
+def list_pieces(setting: Setting) -> list[Piece]:
+    """All pieces, in the order that makes the tables complete early: first rounds and seeds come first."""
+    config = setting.config
+    first = [name for name in config["libraries"] if name.endswith("-0")]
+    later = [name for name in config["libraries"] if name not in first]
+    pieces = [_training(name) for name in first]
+    pieces += _judging(config, first, "core", 0) + _adapting(setting, config["adapting"]["rows"][:1])
+    for group in (name for name in config["judging"]["groups"] if name != "core"):
+        pieces += _judging(config, first, group, 0)
+    pieces += [Piece(f"similarity-{name}", partial(analyses.similarity, library=name), _after(name)) for name in first]
+    traced = [name for name in first if not name.startswith("shared")]
+    pieces += [Piece(f"routing-{name}", partial(analyses.routing, library=name), _after(name)) for name in traced]
+    pieces += [_training(name) for name in later] + _judging(config, later, "core", 0)
+    pieces += [Piece("pairs", analyses.list_pairs, _after("private-0"))]
+    pieces += [
+        Piece(f"pair-{number}", partial(analyses.pair, number=number), ("pairs",))
+        for number in range(config["analyses"]["pairs"])
+    ]
+    pieces += [
+        Piece(f"clusters-{count}", partial(analyses.clusters, count=count), _after("mbc-0"))
+        for count in config["analyses"]["clusters"]
+    ]
+    pieces += _adapting(setting, config["adapting"]["rows"][1:])
+    for number in range(1, config["judging"]["rounds"]):
+        for group, libraries in config["judging"]["groups"].items():
+            pieces += _judging(config, libraries, group, number)
+    return pieces
+
+
+def _training(name: str) -> Piece:
+    return Piece(f"train-{name}", partial(train, name=name))
+
+
+def _after(*libraries: str | None) -> tuple[str, ...]:
+    return tuple(f"train-{name}" for name in libraries if name is not None)
+
+
+def _judging(config: dict, libraries: list[str], group: str, number: int) -> list[Piece]:
+    return [
+        Piece(
+            f"judge-{name}-{group}-{number}",
+            partial(judge, library=name, group=group, number=number),
+            _after(name),
+        )
+        for name in config["judging"]["groups"][group]
+        if name in libraries
+    ]
+
+
+def _adapting(setting: Setting, shares: list[float]) -> list[Piece]:
+    options = setting.config["adapting"]
+    pieces = [Piece("adapt-base", adapting.base_losses)] if shares == options["rows"][:1] else []
+    for share in shares:
+        for seed in options["seeds"]:
+            for way, (method, library) in options["methods"].items():
+                pieces += [
+                    Piece(
+                        f"adapt-{way}-{task}-{share}-{seed}",
+                        partial(adapting.adapt_one, way=way, task=task, share=share, seed=seed),
+                        _after(library),
+                    )
+                    for task in setting.suites.judged["sni"]
+                    if method != "lorahub" or share == options["rows"][0]
+                ]
+    return pieces
+
+
+def work(setting: Setting, pieces: list[Piece], told: Callable[[str], None], until: float | None = None) -> None:
+    """Do every piece that nobody else is doing, until all are done.
+
+    Args:
+        setting (`Setting`): the replication.
+        pieces (`list[Piece]`): in order; other processes may work on the same list.
+        told (`Callable`): is told a line for each piece.
+        until (`float`, *optional*): begin no piece after this time (`time.time()`).
+    """
+    while left := [piece for piece in pieces if not is_done(setting, piece.name)]:
+        did = False
+        for piece in left:
+            if until is not None and time.time() > until:
+                return
+            if is_done(setting, piece.name) or not all(is_done(setting, name) for name in piece.after):
+                continue
+            with locked(setting, piece.name) as is_mine:
+                if not is_mine or is_done(setting, piece.name):
+                    continue
+                started = time.monotonic()
+                piece.run(setting)
+                seconds, peak = round(time.monotonic() - started, 1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                setting.write(f"done/{piece.name}.json", {"seconds": seconds, "peak_mib": round(peak / 1024)})
+                did = True
+                told(f"{piece.name}: {seconds:.0f} s, {len(left) - 1} or fewer left")
+                break  # look from the start again: what was waited for may be ready
+        if not did:
+            time.sleep(WAIT)
+
+
+def is_done(setting: Setting, name: str) -> bool:
+    """Whether a piece is marked."""
+    return (setting.root / "done" / f"{name}.json").exists()
+
+
+def done_in(setting: Setting) -> dict[str, dict]:
+    """Piece -> its seconds and peak memory."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((setting.root / "done").glob("*.json"))}
+
+
+@contextmanager
+def locked(setting: Setting, name: str) -> Iterator[bool]:
+    """Whether this process has the piece for itself; the system takes the lock back from one that dies."""
+    folder = setting.root / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,61 @@
+"""The ways to use a library that are judged, in groups; the names are those of the tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+CORE = {
+    "uniform": "uniform",
+    "uniform-parameter": "uniform_parameter",
+    "arrow": "arrow",
+    "arrow-parameter": {"router": "arrow", "aggregation": "parameter"},
+    "random": {"router": "random", "seed": 0},
+    "oracle": "oracle",
+}
+# PHATGOOSE is opt-in (group `phatgoose`): its gates take hundreds of steps an expert.
+ROUTERS = {
+    "spectr": {"router": "spectr"},
+    "norm": {"router": "norm"},
+    "lag": {"router": "lag"},
+    "centroid": {"router": "centroid"},
+    "task_predictor": {"router": "task_predictor"},
+    "retrieval": {"router": "retrieval"},
+}
+PHATGOOSE = {"phatgoose": {"router": "phatgoose"}}
+# Each is one change of plain Arrow, but for the last four. Our own idea is `calibrated-all`: standardised logits make
+# experts comparable, so that nothing has to be cut off, and an average over all keeps what a wrong choice would lose.
+CANDIDATES = {
+    "arrow-calibrated": {"router": "arrow", "calibrated": True},
+    "arrow-sequence": {"router": "arrow", "granularity": "sequence"},
+    "arrow-tied": {"router": "arrow", "tied": True},
+    "arrow-temperature-4": {"router": "arrow", "router_temperature": 4.0},
+    "arrow-top-1": {"router": "arrow", "top_k": 1},
+    "arrow-all": {"router": "arrow", "top_k": 64},
+    "calibrated-null": {"router": "arrow", "calibrated": True, "null_expert": 1.0},
+    "calibrated-parameter": {"router": "arrow", "calibrated": True, "aggregation": "parameter"},
+    "calibrated-norm": {"router": "norm", "calibrated": True},
+    "calibrated-all": {"router": "arrow", "calibrated": True, "top_k": 64},
+}
+# Over experts whose factors were rewritten as U sqrt(S) and sqrt(S) V^T; in output space that changes nothing.
+CANONICAL = {"canonical-parameter": {"router": "arrow", "aggregation": "parameter"}}
+GROUPS: dict[str, dict[str, Any]] = {
+    "core": CORE,
+    "routers": ROUTERS,
+    "phatgoose": PHATGOOSE,
+    "candidates": CANDIDATES,
+    "canonical": CANONICAL,
+}
+NEED_DATA = ("routers", "phatgoose")
+
+
+def methods_of(group: str, library: str) -> list[Any]:
+    """The methods of a group as `evaluate_library` takes them; the shared library has one expert and no routing."""
+    if group == "core" and library.startswith("shared"):
+        return ["base", {"experts": "shared", "name": "shared"}]
+    return [{**way, "name": name} if isinstance(way, dict) else way for name, way in GROUPS[group].items()]
+
+
+def shown(method: str) -> str:
+    """A method's name in tables."""
+    return method.replace("_parameter", "-parameter")
