@@ -16,7 +16,7 @@ QUICKSTART_ARGS ?=
 PIP_INSTALL = install -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-peft test-lowest quality style docs clean
+.PHONY: help quickstart replication-smoke test test-peft test-lowest quality style docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
@@ -36,6 +36,9 @@ $(TEST_STAMP): $(STAMP)
 
 quickstart: $(STAMP)  ## Build a small library for SmolLM2-135M, route it, compare, draw (15 minutes on two cores)
 	$(BIN)/peft-arrow quickstart $(QUICKSTART_ARGS)
+
+replication-smoke: $(STAMP)  ## Run the replication's whole chain on made-up tasks (five minutes on two cores)
+	$(BIN)/python examples/replication/replicate.py --smoke
 
 test: $(TEST_STAMP)  ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -1,13 +1,13 @@
-"""The paper (arXiv 2405.11157) on a model anyone can run: libraries, routers, adaptation, analyses; docs/replication.md.
+"""The paper (arXiv 2405.11157) on a model anyone can run: libraries, routers, adaptation, analyses.
 
     python examples/replication/replicate.py --data DATA --output replication      # hours; the same command goes on
     python examples/replication/replicate.py --data DATA --output replication --minutes 30
-    python examples/replication/replicate.py --output replication --report         # tables of what is there
+    python examples/replication/replicate.py --data DATA --output replication --report     # tables of what is there
     python examples/replication/replicate.py --smoke                               # four made-up tasks, minutes
 
-The work is in pieces of a few minutes. A piece that was killed goes on where it can, and gives what it would have given.
-Several processes share the work: --workers, or the same command again in another terminal or on another machine with
-the same folder.
+docs/replication.md has the results. The work is in pieces of a few minutes. A piece that was killed goes on where it
+can, and gives what it would have given. Several processes share the work: --workers, or the same command again in
+another terminal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from report.page import write_report
+from report.page import write_docs, write_report
 from steps.made_up import write_made_up
 from steps.pieces import is_done, list_pieces, work
 from steps.setting import Setting, read_setting
@@ -41,6 +41,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="pieces whose name begins with one of these")
     parser.add_argument("--list", action="store_true", help="list the pieces and stop")
     parser.add_argument("--report", action="store_true", help="write results.json, tables and figures, and stop")
+    parser.add_argument("--docs", type=Path, metavar="DOCS", help="with --report: also fill the tables of this folder")
     parser.add_argument("--smoke", action="store_true", help="the whole chain on made-up tasks")
     return parser.parse_args()
 
@@ -50,12 +51,15 @@ def main() -> None:
     arguments = read_arguments()
     if arguments.smoke:
         return smoke(arguments)
-    if arguments.output is None or (arguments.data is None and not arguments.report):
+    if arguments.output is None or arguments.data is None:
         raise SystemExit("--output and --data are needed; see --help.")
-    setting = read_setting(arguments.config, arguments.output, arguments.data or Path("."))
+    setting = read_setting(arguments.config, arguments.output, arguments.data)
     if not arguments.report:
         run(setting, arguments)
     write_report(setting)
+    print(f"The tables are in {setting.root / 'report.md'}, the pictures in {setting.root / 'figures'}.")
+    if arguments.docs is not None:
+        write_docs(setting.root / "results.json", arguments.docs)
 
 
 def smoke(arguments: argparse.Namespace) -> None:

@@ -69,5 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     record = TrainingRecord.read(ref.source)
-    told = {"output": arguments.output, "method": arguments.method, "steps": record.steps, "tokens": record.tokens}
-    print(json.dumps({**told, "losses": record.losses}) if arguments.json else f"{record.told()}, in {arguments.output}")
+    if arguments.json:
+        told = {"output": arguments.output, "method": arguments.method, "steps": record.steps}
+        print(json.dumps({**told, "tokens": record.tokens, "losses": record.losses}))
+    else:
+        print(f"{record.told()}, in {arguments.output}")

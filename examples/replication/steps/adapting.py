@@ -1,4 +1,4 @@
-"""Supervised adaptation: held-out tasks, a share of their rows, each way to begin; judged by loss on their eval rows."""
+"""Supervised adaptation: held-out tasks, a share of their rows, each way to begin; judged by loss."""
 
 from __future__ import annotations
 

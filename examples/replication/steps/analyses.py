@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
 
-from peft_arrow import ArrowLoraModel, MBCClusterer, train_adapter, train_library
+from peft_arrow import ArrowLoraModel, MBCClusterer, train_adapter, train_groups
+from peft_arrow.building.budget import private_share
 from peft_arrow.evaluation.batches import batches_by_length, padded
 from peft_arrow.evaluation.rows import read_row
 from peft_arrow.evaluation.scoring import score_options
@@ -25,7 +27,10 @@ def similarity(setting: Setting, library: str) -> None:
     products = delta_products(experts)
     lengths = np.sqrt(np.diag(products))
     flat = np.stack(
-        [np.concatenate([tensor.float().numpy().ravel() for _, tensor in sorted(one.tensors.items())]) for one in experts]
+        [
+            np.concatenate([tensor.float().numpy().ravel() for _, tensor in sorted(one.tensors.items())])
+            for one in experts
+        ]
     )
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     found = {"names": [one.name for one in experts], "delta": (products / np.outer(lengths, lengths)).tolist()}
@@ -38,9 +43,7 @@ def routing(setting: Setting, library: str) -> None:
     groups = setting.groups(library)
     own = {task: expert for expert, tasks in groups.items() for task in tasks}
     count, suites = setting.config["analyses"]["traced_rows"], setting.suites
-    routed = ArrowLoraModel.from_pretrained(
-        model, setting.library(library), top_k=setting.config["judging"]["top_k"]
-    )
+    routed = ArrowLoraModel.from_pretrained(model, setting.library(library), top_k=setting.config["judging"]["top_k"])
     found: dict[str, Any] = {}
     try:
         for name, calibrated in (("arrow", False), ("arrow-calibrated", True)):
@@ -133,18 +136,32 @@ def _eval_losses(setting: Setting, folder: Any, task: str) -> list[float]:
 
 def clusters(setting: Setting, count: int) -> None:
     """An MBC library of another number of clusters, from the private adapters of `mbc-0`; its own experts' losses."""
+    if count == setting.config["clusters"]:
+        folder, groups = setting.library_folder("mbc-0"), setting.groups("mbc-0")
+    else:
+        folder, groups = _train_clusters(setting, count)
+    losses = {
+        task: _eval_losses(setting, folder / "experts" / name, task)
+        for name, tasks in groups.items()
+        for task in tasks
+    }
+    mean = statistics.fmean(map(statistics.fmean, losses.values()))
+    setting.write(f"cluster-losses/{count}.json", {"clusters": count, "losses": losses, "mean": mean})
+
+
+def _train_clusters(setting: Setting, count: int) -> tuple[Path, dict[str, list[str]]]:
+    """Cluster the first stage of `mbc-0` anew and train the experts for the rest of the budget."""
     model, tokenizer = setting.base
     suites, steps = setting.suites, setting.config["training"]["steps"]
-    first = max(1, min(round(0.4 * steps), steps - 1))
+    first = private_share(steps)
     private = setting.root / "libraries" / "mbc-0-training" / "private"
     refs = {task: private / task for task in suites.upstream}
-    groups = MBCClusterer(count, random_state=0).fit(refs).clusters_
+    found = MBCClusterer(count, random_state=0).fit(refs).clusters_
+    groups = {name: list(tasks) for name, tasks in found.items()}
     folder = setting.root / "clusters" / str(count)
-    from peft_arrow import train_groups
-
     train_groups(
         model,
-        {name: list(tasks) for name, tasks in groups.items()},
+        groups,
         {task: suites.train[task] for task in suites.upstream},
         output_dir=folder,
         steps={name: (steps - first) * len(tasks) for name, tasks in groups.items()},
@@ -154,10 +171,4 @@ def clusters(setting: Setting, count: int) -> None:
         lora_config=setting.lora(),
         progress=False,
     )
-    losses = {
-        task: _eval_losses(setting, folder / "experts" / name, task) for name, tasks in groups.items() for task in tasks
-    }
-    setting.write(
-        f"cluster-losses/{count}.json",
-        {"clusters": count, "losses": losses, "mean": statistics.fmean(map(statistics.fmean, losses.values()))},
-    )
+    return folder, groups

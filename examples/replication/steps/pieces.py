@@ -36,18 +36,20 @@ class Piece:
 
 
 def list_pieces(setting: Setting) -> list[Piece]:
-    """All pieces, in the order that makes the tables complete early: first rounds and seeds come first."""
-    config = setting.config
-    first = [name for name in config["libraries"] if name.endswith("-0")]
-    later = [name for name in config["libraries"] if name not in first]
-    pieces = [_training(name) for name in first]
-    pieces += _judging(config, first, "core", 0) + _adapting(setting, config["adapting"]["rows"][:1])
-    for group in (name for name in config["judging"]["groups"] if name != "core"):
-        pieces += _judging(config, first, group, 0)
-    pieces += [Piece(f"similarity-{name}", partial(analyses.similarity, library=name), _after(name)) for name in first]
-    traced = [name for name in first if not name.startswith("shared")]
-    pieces += [Piece(f"routing-{name}", partial(analyses.routing, library=name), _after(name)) for name in traced]
-    pieces += [_training(name) for name in later] + _judging(config, later, "core", 0)
+    """All pieces, in the order that completes the tables early: wave by wave of libraries, then more of everything."""
+    config, pieces, known = setting.config, [], []
+    shares, groups = config["adapting"]["rows"], config["judging"]["groups"]
+    for wave in config["waves"]:
+        known += wave
+        pieces += [_training(name) for name in wave] + _judging(config, wave, "core", 0)
+        pieces += _adapting(setting, shares[:1], wave)
+        for group in (name for name in groups if name != "core"):
+            pieces += _judging(config, wave, group, 0)
+        pieces += [
+            Piece(f"similarity-{name}", partial(analyses.similarity, library=name), _after(name)) for name in wave
+        ]
+        routed = [name for name in wave if not name.startswith("shared")]
+        pieces += [Piece(f"routing-{name}", partial(analyses.routing, library=name), _after(name)) for name in routed]
     pieces += [Piece("pairs", analyses.list_pairs, _after("private-0"))]
     pieces += [
         Piece(f"pair-{number}", partial(analyses.pair, number=number), ("pairs",))
@@ -57,10 +59,10 @@ def list_pieces(setting: Setting) -> list[Piece]:
         Piece(f"clusters-{count}", partial(analyses.clusters, count=count), _after("mbc-0"))
         for count in config["analyses"]["clusters"]
     ]
-    pieces += _adapting(setting, config["adapting"]["rows"][1:])
+    pieces += _adapting(setting, shares[1:], known)
     for number in range(1, config["judging"]["rounds"]):
-        for group, libraries in config["judging"]["groups"].items():
-            pieces += _judging(config, libraries, group, number)
+        for group in groups:
+            pieces += _judging(config, known, group, number)
     return pieces
 
 
@@ -84,12 +86,16 @@ def _judging(config: dict, libraries: list[str], group: str, number: int) -> lis
     ]
 
 
-def _adapting(setting: Setting, shares: list[float]) -> list[Piece]:
-    options = setting.config["adapting"]
-    pieces = [Piece("adapt-base", adapting.base_losses)] if shares == options["rows"][:1] else []
+def _adapting(setting: Setting, shares: list[float], libraries: list[str]) -> list[Piece]:
+    """Adaptation from these libraries; with the first ones come the base and what needs no library."""
+    options, config = setting.config["adapting"], setting.config
+    is_first, is_less = libraries[0] == config["waves"][0][0], shares == options["rows"][:1]
+    pieces = [Piece("adapt-base", adapting.base_losses)] if is_first and is_less else []
     for share in shares:
         for seed in options["seeds"]:
             for way, (method, library) in options["methods"].items():
+                if (library or config["waves"][0][0]) not in libraries or (method == "lorahub" and not is_less):
+                    continue
                 pieces += [
                     Piece(
                         f"adapt-{way}-{task}-{share}-{seed}",
@@ -97,7 +103,6 @@ def _adapting(setting: Setting, shares: list[float]) -> list[Piece]:
                         _after(library),
                     )
                     for task in setting.suites.judged["sni"]
-                    if method != "lorahub" or share == options["rows"][0]
                 ]
     return pieces
 
@@ -123,7 +128,10 @@ def work(setting: Setting, pieces: list[Piece], told: Callable[[str], None], unt
                     continue
                 started = time.monotonic()
                 piece.run(setting)
-                seconds, peak = round(time.monotonic() - started, 1), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                seconds, peak = (
+                    round(time.monotonic() - started, 1),
+                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                )
                 setting.write(f"done/{piece.name}.json", {"seconds": seconds, "peak_mib": round(peak / 1024)})
                 did = True
                 told(f"{piece.name}: {seconds:.0f} s, {len(left) - 1} or fewer left")

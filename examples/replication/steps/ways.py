@@ -50,10 +50,14 @@ NEED_DATA = ("routers", "phatgoose")
 
 
 def methods_of(group: str, library: str) -> list[Any]:
-    """The methods of a group as `evaluate_library` takes them; the shared library has one expert and no routing."""
+    """The methods of a group as `evaluate_library` takes them.
+
+    The shared library has one expert and no routing; the base alone is judged once, beside `private-0`.
+    """
     if group == "core" and library.startswith("shared"):
-        return ["base", {"experts": "shared", "name": "shared"}]
-    return [{**way, "name": name} if isinstance(way, dict) else way for name, way in GROUPS[group].items()]
+        return [{"experts": "shared", "name": "shared"}]
+    first = ["base"] if group == "core" and library == "private-0" else []
+    return first + [{**way, "name": name} if isinstance(way, dict) else way for name, way in GROUPS[group].items()]
 
 
 def shown(method: str) -> str:

@@ -1,0 +1,150 @@
+"""The results of a replication as one small file: what is in the tables, claims and figures, and nothing else."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+from steps.setting import Setting
+
+from .beyond import beyond
+from .claims import judge_claims
+from .collect import Runs, over_seeds, read_adapted, read_base, read_costs, read_each, read_judged
+from .costs import scale
+from .numbers import correlation, estimate
+
+
+SUITES = ("upstream", "sni", "benchmarks")
+
+
+def make_results(setting: Setting) -> dict[str, Any]:
+    """Everything that can be told from what is in the folder."""
+    root = setting.root
+    runs, adapted, base = read_judged(root), read_adapted(root), read_base(root)
+    costs = read_costs(setting)
+    return {
+        "config": setting.config,
+        "categories": setting.suites.category,
+        "methods": methods(runs, setting.suites.category),
+        "supervised": supervised(adapted, base),
+        "claims": judge_claims(runs, adapted, base),
+        "beyond": {kind: found for kind in ("private", "mbc") if (found := beyond(runs, kind))},
+        "similarity": similarities(read_each(root, "similarity")),
+        "transfer": transfer(read_each(root, "transfer")),
+        "clusters": clusters(read_each(root, "cluster-losses")),
+        "routing": routing(read_each(root, "routing"), setting.suites.category),
+        "costs": costs,
+        "large": scale(costs),
+    }
+
+
+def methods(runs: Runs, category: dict[str, str]) -> dict[str, Any]:
+    """Method -> suite -> estimate, mean of each task, number of seeds; held-out tasks also near and far."""
+    found: dict[str, Any] = {}
+    for name, by_seed in runs.items():
+        told: dict[str, Any] = {"seeds": len(by_seed)}
+        for suite in SUITES:
+            values = over_seeds(by_seed, suite)
+            if not values:
+                continue
+            told[suite] = {**estimate(values), "by_task": {task: _mean(rows) for task, rows in values.items()}}
+            told[suite]["by_seed"] = [estimate(run[suite])["mean"] for run in by_seed.values() if suite in run]
+        for side in ("near", "far"):
+            part = {
+                task: rows
+                for task, rows in (over_seeds(by_seed, "sni") or {}).items()
+                if category[task].startswith(side)
+            }
+            if part:
+                told[side] = estimate(part)
+        found[name] = told
+    return found
+
+
+def _mean(rows: list[float]) -> float:
+    return round(statistics.fmean(rows), 4)
+
+
+def supervised(adapted: dict, base: dict) -> dict[str, Any]:
+    """Way -> share of the data -> estimate; the base has one."""
+    found: dict[str, Any] = {"base": {"0": estimate(base)}} if base else {}
+    for way, shares in adapted.items():
+        found[way] = {share: estimate(tasks) for share, tasks in shares.items()}
+    return found
+
+
+def similarities(read: dict[str, Any]) -> dict[str, Any]:
+    """Library -> mean cosine of two different experts, by updates and by numbers."""
+    found = {}
+    for library, told in read.items():
+        size = len(told["names"])
+        if size < 2:
+            continue
+        off = ~np.eye(size, dtype=bool)
+        found[library] = {key: round(float(np.array(told[key])[off].mean()), 4) for key in ("delta", "factors")}
+        found[library]["experts"] = size
+    return found
+
+
+def transfer(read: dict[str, Any]) -> dict[str, Any] | None:
+    """Pairs of tasks: similarity, and by how much joint training beats private; with their correlation."""
+    points = []
+    for told in read.values():
+        gain = statistics.fmean(
+            statistics.fmean(told["losses"]["private"][task]) - statistics.fmean(told["losses"]["joint"][task])
+            for task in (told["one"], told["other"])
+        )
+        points.append({**{key: told[key] for key in ("one", "other", "delta", "factors")}, "gain": round(gain, 4)})
+    if len(points) < 3:
+        return None
+    gains = [point["gain"] for point in points]
+    return {
+        "points": points,
+        **{key: correlation([point[key] for point in points], gains) for key in ("delta", "factors")},
+    }
+
+
+def clusters(read: dict[str, Any]) -> list[dict[str, Any]]:
+    """Number of clusters -> mean loss of the tasks with their cluster's expert, with its interval."""
+    return sorted(
+        ({"clusters": told["clusters"], **estimate(told["losses"])} for told in read.values()),
+        key=lambda row: row["clusters"],
+    )
+
+
+def routing(read: dict[str, Any], category: dict[str, str]) -> dict[str, Any]:
+    """Library -> router -> agreement over all and by layer, entropy by layer, and the most frequent errors."""
+    found: dict[str, Any] = {}
+    for library, told in read.items():
+        for router, measured in told["routers"].items():
+            agreement = measured["agreement"]
+            found.setdefault(library, {})[router] = {
+                "all": agreement["all"],
+                "layer": agreement["layer"],
+                "entropy": measured["entropy"],
+                "errors": errors(told["experts"], told["own"], measured["shares"], category),
+            }
+    return found
+
+
+def errors(
+    experts: list[str], own: dict[str, str], shares: dict[str, list[float]], category: dict[str, str], count: int = 8
+) -> list[dict[str, Any]]:
+    """The tasks' largest shares on experts that are not their own, and whether those are of the same category."""
+    wrong = []
+    for task, row in shares.items():
+        others = [(share, expert) for share, expert in zip(row, experts) if expert != own[task]]
+        share, expert = max(others, default=(0.0, ""))
+        kin = {category[other] for other, home in own.items() if home == expert}
+        own_share = row[experts.index(own[task])]
+        wrong.append(
+            {
+                "task": task,
+                "own_share": round(own_share, 4),
+                "expert": expert,
+                "share": round(share, 4),
+                "same_category": category[task] in kin,
+            }
+        )
+    return sorted(wrong, key=lambda row: row["own_share"] - row["share"])[:count]

@@ -1,0 +1,115 @@
+"""The whole chain on a pico base: killed five times, it ends with the tables of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pico import pico_base, pico_tokenizer
+from tests.replication.conftest import FOLDER
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A folder with a pico base, made-up tasks, and the smoke run's config for them."""
+    folder = tmp_path_factory.mktemp("replication")
+    pico_base().save_pretrained(folder / "base")
+    pico_tokenizer().save_pretrained(folder / "base")
+    config = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
+    config |= {"base": str(folder / "base"), "dtype": "float32"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [
+        sys.executable,
+        "-c",
+        "import sys; from pathlib import Path; from steps.made_up import write_made_up as w; w(Path(sys.argv[1]))",
+    ]
+    subprocess.run([*words, str(folder / "data")], check=True, cwd=FOLDER, env=environment())
+    return folder
+
+
+def environment() -> dict[str, str]:
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+
+
+def start(ground: Path, output: str, *more: str) -> subprocess.Popen:
+    words = [sys.executable, str(FOLDER / "replicate.py"), "--config", str(ground / "config.yaml")]
+    words += ["--data", str(ground / "data"), "--output", str(ground / output), *more]
+    with (ground / f"{output}.log").open("a") as log:
+        return subprocess.Popen(words, stdout=log, stderr=log, env=environment(), start_new_session=True)
+
+
+def finish(ground: Path, output: str, process: subprocess.Popen) -> dict:
+    """The results of a run, without what it took."""
+    assert process.wait(timeout=540) == 0, (ground / f"{output}.log").read_text()[-3000:]
+    results = json.loads((ground / output / "results.json").read_text())
+    return {key: value for key, value in results.items() if key not in ("costs", "large")}
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_five_times_gives_the_same_tables(ground):
+    """At drawn moments, by SIGKILL, two workers at a time; undisturbed it is one."""
+    whole = finish(ground, "whole", start(ground, "whole"))
+    draw, pieces = random.Random(0), len(list((ground / "whole" / "done").iterdir()))
+    done = []
+    for number in range(5):
+        process = start(ground, "killed", "--workers", "2")
+        wanted, began = (number + 1) * pieces // 7, time.monotonic()
+        while len(done) < wanted and process.poll() is None and time.monotonic() < began + 200:
+            done = list((ground / "killed" / "done").glob("*.json"))
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1.5))
+        assert process.poll() is None, (ground / "killed.log").read_text()[-3000:]
+        kill(process)
+    assert finish(ground, "killed", start(ground, "killed")) == whole
+    assert len(list((ground / "killed" / "done").iterdir())) == pieces
+    assert {"losses.png", "layers.png", "supervised.png"} <= {
+        path.name for path in (ground / "whole/figures").iterdir()
+    }
+    assert all(told["verdict"] in ("held", "reversed", "open", "not run") for told in whole["claims"])
+
+
+def test_pieces_are_listed_with_what_they_wait_for(ground):
+    answer = subprocess.run(
+        [sys.executable, str(FOLDER / "replicate.py"), "--config", str(ground / "config.yaml"), "--list"]
+        + ["--data", str(ground / "data"), "--output", str(ground / "none")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    names = [line.partition(" ")[2] for line in answer.stdout.splitlines() if line.startswith("left ")]
+    assert len(names) == len(set(names)) and names.index("train-mbc-0") < names.index("judge-mbc-0-core-0")
+    assert not (ground / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--output", "x"], "--output and --data are needed"), (["--data", "nowhere", "--output", "x"], "holds no rows")],
+)
+def test_bad_arguments(ground, words, told):
+    answer = subprocess.run(
+        [sys.executable, str(FOLDER / "replicate.py"), *words],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=ground,
+    )
+    assert answer.returncode != 0 and told in answer.stderr

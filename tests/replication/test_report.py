@@ -1,0 +1,147 @@
+"""Intervals, claims, the choosing split and the docs page: numbers planted here, formulas written apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def rows(rng, tasks: int, count: int, mean: float = 0.0, spread: float = 1.0) -> dict[str, list[float]]:
+    return {f"task{place}": list(rng.normal(mean, spread, count)) for place in range(tasks)}
+
+
+def test_interval_is_that_of_the_tasks_means():
+    """With many rows a task, only the tasks' own spread is left: the interval is that of a mean of 40 numbers."""
+    from report.numbers import estimate
+
+    rng = np.random.default_rng(1)
+    centres = rng.normal(2.0, 1.0, 40)
+    values = {f"task{place}": list(rng.normal(centre, 0.1, 50)) for place, centre in enumerate(centres)}
+    found = estimate(values)
+    means = np.array([np.mean(part) for part in values.values()])
+    error = means.std(ddof=1) / np.sqrt(40)
+    assert found["mean"] == pytest.approx(means.mean(), abs=1e-4) and (found["tasks"], found["items"]) == (40, 2000)
+    assert found["low"] == pytest.approx(means.mean() - 1.96 * error, abs=0.25 * error)
+    assert found["high"] == pytest.approx(means.mean() + 1.96 * error, abs=0.25 * error)
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    from report.numbers import estimate
+
+    hits = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        centres = rng.normal(0.0, 1.0, 20)
+        found = estimate({f"task{place}": list(rng.normal(centre, 1.0, 6)) for place, centre in enumerate(centres)})
+        hits += found["low"] < 0 < found["high"]
+    assert hits / 60 > 0.85
+
+
+def test_every_task_has_the_same_weight_whatever_its_rows():
+    from report.numbers import estimate
+
+    assert estimate({"long": [1.0] * 100, "short": [3.0]})["mean"] == 2.0
+
+
+def test_gaps_are_of_the_rows_that_both_have():
+    from report.numbers import gaps
+
+    assert gaps({"a": [3.0, 5.0, 9.0], "b": [1.0]}, {"a": [1.0, 1.0]}) == {"a": [2.0, 4.0]}
+
+
+def test_correlation_is_pearsons():
+    from report.numbers import correlation
+
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=40)
+    y = 0.6 * x + rng.normal(size=40)
+    found = correlation(x, y)
+    assert found["mean"] == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-3)
+    low, high = stats.pearsonr(x, y).confidence_interval(0.95)
+    assert found["low"] == pytest.approx(low, abs=0.12) and found["high"] == pytest.approx(high, abs=0.12)
+
+
+def judged(**losses):
+    """Methods with planted mean losses on held-out tasks, and the same noise."""
+    rng = np.random.default_rng(3)
+    noise = rows(rng, 12, 10, spread=0.05)
+    return {
+        name.replace("__", "/").replace("_", "-"): {
+            0: {"sni": {task: [mean + value for value in part] for task, part in noise.items()}}
+        }
+        for name, mean in losses.items()
+    }
+
+
+def verdict(claims, text):
+    return next(told["verdict"] for told in claims if told["claim"] == text and told["suite"] == "sni")
+
+
+def test_claims_hold_are_reversed_or_open_as_planted():
+    from report.claims import judge_claims
+
+    runs = judged(base=3.0, private__uniform_parameter=2.0, private__arrow_parameter=2.5, mbc__uniform_parameter=1.0)
+    found = judge_claims(runs, {}, {})
+    assert verdict(found, "base < private-uniform") == "held"
+    assert verdict(found, "private-uniform < private-Arrow") == "reversed"
+    assert verdict(found, "random tasks < MBC") == "not run"
+    gain = next(told["gain"] for told in found if told["claim"] == "base < private-uniform" and told["suite"] == "sni")
+    assert gain["mean"] == pytest.approx(1.0, abs=1e-6)
+    rng = np.random.default_rng(4)
+    runs["private/uniform-parameter"][0]["sni"] = rows(rng, 12, 10, mean=3.0)
+    runs["base"][0]["sni"] = rows(rng, 12, 10, mean=3.0)
+    assert verdict(judge_claims(runs, {}, {}), "base < private-uniform") == "open"
+
+
+@pytest.mark.parametrize(("arrow", "told"), [(1.3, "held"), (2.0, "reversed")])
+def test_near_is_a_quarter_of_what_is_gained_over_the_base(arrow, told):
+    """Uniform gains 2 over the base, so near is within 0.5."""
+    from report.claims import judge_claims
+
+    runs = judged(base=3.0, mbc__uniform_parameter=1.0, mbc__arrow_parameter=arrow)
+    assert verdict(judge_claims(runs, {}, {}), "MBC-uniform near MBC-Arrow") == told
+
+
+def test_winner_is_chosen_and_reported_on_other_tasks():
+    """The candidate that is best on choosing tasks alone is chosen, and its margin is that of the others."""
+    from report.beyond import beyond, split_tasks
+
+    tasks = [f"sni.task{place}" for place in range(12)]
+    choosing, reporting = split_tasks(tasks)
+    assert sorted(choosing + reporting) == sorted(tasks) and not set(choosing) & set(reporting)
+    runs = judged(mbc__arrow=2.0, mbc__norm=1.9, mbc__lag=2.0, mbc__oracle=0.1)
+    lag = runs["mbc/lag"][0]["sni"]
+    for task in lag:
+        shift = -0.5 if f"sni.{task}" in choosing else 0.3
+        lag[task] = [value + shift for value in lag[task]]
+    found = beyond(runs, "mbc")
+    assert found["winner"] == "lag" and found["tasks"] == {"choosing": 6, "reporting": 6}
+    row = next(row for row in found["rows"] if row["name"] == "lag")
+    assert row["reporting_gain"]["mean"] == pytest.approx(-0.3, abs=1e-6)
+    assert {row["name"] for row in found["rows"]} == {"arrow", "norm", "lag"}, "the oracle is told the task"
+
+
+def test_cost_of_a_larger_model_is_arithmetic():
+    from report.costs import scale
+
+    (row,) = scale({"train mbc-0, private": {"tokens": 44_000, "seconds": 10}, "judge": {"seconds": 5}})
+    assert row["large_tokens"] == pytest.approx(256_000)
+    assert row["large_flops"] == pytest.approx(4 * 7.24e9 * 256_000)
+    assert row["large_hours"] == pytest.approx(4 * 7.24e9 * 256_000 / (0.4 * 312e12) / 3600)
+
+
+def test_docs_page_says_what_its_results_file_says():
+    """Nobody types a number: the page's tables are those that the script makes of the file beside it."""
+    from report.page import MARK, fill
+
+    page = (DOCS / "replication.md").read_text(encoding="utf-8")
+    results = json.loads((DOCS / "results" / "replication.json").read_text(encoding="utf-8"))
+    assert len(MARK.findall(page)) > 8
+    assert fill(page, results) == page
