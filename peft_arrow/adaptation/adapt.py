@@ -150,7 +150,8 @@ def _dropout(method: str, lora_config: Any) -> float:
 def _library(library: Any, setup: Setup, method: str) -> AdapterLibrary:
     if library is None:
         raise ValueError(f"library is None; method={method!r} starts from a library.")
-    found = library if isinstance(library, AdapterLibrary) else AdapterLibrary.from_pretrained(library)
+    named = setup.base.name or None
+    found = library if isinstance(library, AdapterLibrary) else AdapterLibrary.from_pretrained(library, named)
     if setup.base.name:
         check_base(setup.base.name, found.values(), "base")
     if method == "shared" and len(found) != 1:
