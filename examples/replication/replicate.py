@@ -18,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from report.page import write_docs, write_report
+from steps.hub import fetch
 from steps.made_up import write_made_up
 from steps.pieces import is_done, list_pieces, work
 from steps.setting import Setting, read_setting
@@ -34,7 +36,7 @@ def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml", help="(default: %(default)s)")
-    parser.add_argument("--data", type=Path, help="folder with train_suite, heldout_sni and heldout_benchmarks")
+    parser.add_argument("--data", type=Path, help="folder of train_suite, heldout_sni, heldout_benchmarks; or hub")
     parser.add_argument("--output", type=Path, help="folder of libraries and results; it may exist already")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each if several (default: 1)")
     parser.add_argument("--minutes", type=float, help="begin no piece after so many minutes")
@@ -54,6 +56,8 @@ def main() -> None:
     if arguments.output is None or arguments.data is None:
         raise SystemExit("--output and --data are needed; see --help.")
     setting = read_setting(arguments.config, arguments.output, arguments.data)
+    if str(arguments.data) == "hub":
+        setting = replace(setting, data=fetch(arguments.output / "data", setting.base[1]))
     if not arguments.report:
         run(setting, arguments)
     write_report(setting)
