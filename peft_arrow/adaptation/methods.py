@@ -11,7 +11,7 @@ from ..training.base import Base
 from ..training.data import Examples
 from .arrow_weights import arrow_weights, token_rows
 from .readable import readable_rows
-from .starts import Experts, Factors, mixed, own_factors
+from .starts import Experts, Factors, mixed
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Method:
 
 
 def _shared(task: Task) -> Factors:
-    return own_factors(task.members[0])
+    return {module: (stack_A[0], stack_B[0]) for module, (stack_A, stack_B) in task.experts.items()}
 
 
 def _mean(task: Task) -> Factors:

@@ -120,11 +120,6 @@ def mixed(experts: Experts, weights: Mapping[str, Sequence[float]], aggregation:
     return found
 
 
-def own_factors(adapter: Adapter) -> Factors:
-    """Module -> A and B of one adapter as they are."""
-    return {module: (factor.lora_A, factor.lora_B) for module, factor in FactorReader(adapter, keep=True).items()}
-
-
 @torch.no_grad()
 def set_factors(model: torch.nn.Module, factors: Factors, adapter_name: str = "default") -> None:
     """Copy factors into the fresh LoRA of a PEFT model.

@@ -67,6 +67,23 @@ def test_shared_begins_with_the_expert_itself(tmp_path):
     assert found.keys() == source.keys() and all(torch.equal(found[key], source[key]) for key in source)
 
 
+def test_shared_goes_on_from_an_expert_of_several_ranks(tmp_path):
+    folder = pico_adapter(
+        tmp_path / "uneven",
+        seed=5,
+        base=pico_named(tmp_path),
+        r=4,
+        rank_pattern={"v_proj": 1},
+        target_modules=["q_proj", "v_proj"],
+    )
+    found = dense(still(tmp_path, "shared", [folder]), 2)
+    tensors = tensors_of(folder)
+    for module, update in found.items():
+        scaling = 8 / 4 if "q_proj" in module else 8 / 1
+        source = {key: value for key, value in tensors.items() if module in key}
+        np.testing.assert_allclose(update, dense(source, scaling)[module], atol=1e-5)
+
+
 def test_mean_is_the_mean_of_A_and_of_B_apart(tmp_path):
     found = still(tmp_path, "mean", library_in(tmp_path))
     sources = [tensors_of(tmp_path / f"e{number}") for number in range(3)]
