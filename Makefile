@@ -51,7 +51,7 @@ test-lowest:  ## Run the tests with the lowest versions that pyproject.toml allo
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c constraints.txt hatchling editables
-	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c $(LOWEST)/constraints.txt --no-build-isolation -e ".[eval,lm-eval,quickstart]" pytest pytest-timeout pytest-xdist
+	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c $(LOWEST)/constraints.txt --no-build-isolation -e ".[adapt,eval,lm-eval,quickstart]" pytest pytest-timeout pytest-xdist
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -W default
 
 quality: $(STAMP)  ## Check lint and formatting

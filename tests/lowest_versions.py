@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 # Each is printed, so the file serves a run with all of them.
-EXTRAS = ("train", "eval", "lm-eval", "viz", "quickstart")
+EXTRAS = ("train", "adapt", "eval", "lm-eval", "viz", "quickstart")
 
 
 def lowest_versions(pyproject: dict) -> list[str]:
