@@ -44,6 +44,8 @@ class Setting:
         model, tokenizer = load_base(self.config["base"], getattr(torch, self.config["dtype"]))
         if self.config.get("attention"):
             model.set_attn_implementation(self.config["attention"])
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
         return model, tokenizer
 
     def sft(self, seed: int, learning_rate: float | None = None) -> dict[str, Any]:
