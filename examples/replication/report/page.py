@@ -23,6 +23,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "supervised": tables.supervised,
     "beyond_private": lambda results: tables.beyond(results, "private"),
     "beyond_mbc": lambda results: tables.beyond(results, "mbc"),
+    "partition": tables.partition,
     "similarity": tables.similarity,
     "clusters": tables.clusters,
     "routing": tables.routing,

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import adjusted_rand_score
 from steps.setting import Setting
 
 from .beyond import beyond
@@ -34,6 +35,7 @@ def make_results(setting: Setting) -> dict[str, Any]:
         "transfer": transfer(read_each(root, "transfer")),
         "clusters": clusters(read_each(root, "cluster-losses")),
         "routing": routing(read_each(root, "routing"), setting.suites.category),
+        "partitions": partitions(setting),
         "costs": costs,
         "large": scale(costs),
     }
@@ -111,6 +113,17 @@ def clusters(read: dict[str, Any]) -> list[dict[str, Any]]:
         ({"clusters": told["clusters"], **estimate(told["losses"])} for told in read.values()),
         key=lambda row: row["clusters"],
     )
+
+
+def partitions(setting: Setting) -> dict[str, Any]:
+    """Library of clusters -> its groups, and how far they are the tasks' categories (adjusted Rand index)."""
+    found, category = {}, setting.suites.category
+    for folder in sorted((setting.root / "libraries").glob("mbc-*[0-9]")):
+        groups = setting.groups(folder.name)
+        pairs = [(expert, category[task]) for expert, tasks in groups.items() for task in tasks]
+        index = adjusted_rand_score([pair[1] for pair in pairs], [pair[0] for pair in pairs])
+        found[folder.name] = {"rand": round(float(index), 3), "groups": groups}
+    return found
 
 
 def routing(read: dict[str, Any], category: dict[str, str]) -> dict[str, Any]:

@@ -168,6 +168,23 @@ def similarity(results: dict) -> str:
     return table(["library", "experts", "mean cosine, updates", "mean cosine, numbers of A and B"], rows)
 
 
+def partition(results: dict) -> str:
+    """The clusters of the first seed, and how far both seeds' are the categories."""
+    if "mbc-0" not in results["partitions"]:
+        return "Not run yet."
+    category, told = results["categories"], results["partitions"]
+    rows = []
+    for name, tasks in told["mbc-0"]["groups"].items():
+        kinds = [category[task] for task in tasks]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        rows.append([name, str(len(tasks)), counts])
+    found = ", ".join(f"{library} {one['rand']:.2f}" for library, one in told.items())
+    return (
+        table(["cluster", "tasks", "of which category"], rows)
+        + f"\n\nAdjusted Rand index with the categories: {found}."
+    )
+
+
 def clusters(results: dict) -> str:
     """Loss with the cluster's expert by number of clusters."""
     rows = [[str(row["clusters"]), interval(row), str(row["items"])] for row in results["clusters"]]
