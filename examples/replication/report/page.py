@@ -16,6 +16,7 @@ from .results import make_results
 
 
 BLOCKS: dict[str, Callable[[dict], str]] = {
+    "summary": tables.summary,
     "claims": tables.claims,
     "zero_shot": tables.zero_shot,
     "held_out": tables.held_out,
@@ -49,12 +50,17 @@ def fill(page: str, results: dict[str, Any]) -> str:
     return MARK.sub(lambda found: f"<!-- begin {found[1]} -->\n{BLOCKS[found[1]](results)}\n<!-- end -->", page)
 
 
+def pages(docs: Path) -> list[Path]:
+    """The pages that hold tables of the results."""
+    return [docs / "replication.md", docs.parent / "README.md"]
+
+
 def write_docs(results: Path, docs: Path) -> None:
     """Copy a results file into the docs, fill the page's tables from it, and draw its pictures."""
     content = json.loads(results.read_text(encoding="utf-8"))
     kept = docs / "results" / "replication.json"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page = docs / "replication.md"
-    page.write_text(fill(page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    for page in pages(docs):
+        page.write_text(fill(page.read_text(encoding="utf-8"), content), encoding="utf-8")
     draw(content, docs / "images", "replication_")

@@ -81,6 +81,22 @@ def claims(results: dict) -> str:
     return table(head, rows)
 
 
+def summary(results: dict) -> str:
+    """The shortest table: each library on its own tasks and on held-out ones, in output space."""
+    rows, columns = [], ("uniform", "arrow", "arrow-calibrated", "oracle")
+    for suite, shown in (("upstream", "their own tasks"), ("sni", "held-out tasks")):
+        for kind, name in (
+            ("private", "44 private experts"),
+            ("mbc", "11 MBC experts"),
+            ("random", "11 random groups"),
+        ):
+            cells = [results["methods"].get(f"{kind}/{way}", {}).get(suite) for way in columns]
+            if any(cells):
+                base = results["methods"].get("base", {}).get(suite)
+                rows.append([f"{name}, {shown}", interval(base), *map(interval, cells)])
+    return table(["loss", "base", "uniform", "Arrow", "Arrow, calibrated", "told the task"], rows)
+
+
 def zero_shot(results: dict) -> str:
     """Accuracy on the eight benchmarks in the layout of the paper's Table 1, ours above the paper's."""
     rows = []
