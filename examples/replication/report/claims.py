@@ -10,7 +10,7 @@ from .numbers import Values, estimate, gaps
 
 
 HELD, REVERSED, OPEN, ABSENT = "held", "reversed", "open", "not run"
-NEAR = 0.25  # of what the better of the two gains over the base
+NEAR = 0.1  # of what the better of the two gains over the base; in the paper's Table 1 it is 0.09
 DOWN = ("upstream", "sni")  # suites whose measure is a loss
 
 
@@ -74,9 +74,9 @@ def judge_claims(runs: Runs, adapted: dict[str, dict[str, Values]], base: Values
             told["verdict"] = REVERSED
         if claim.is_near:
             most = max(_gain(side, bottom, claim.suite)["mean"] for side in (worse, better)) if bottom else 0.0
-            told["near"] = round(NEAR * most, 4)
-            inside = abs(gain["mean"]) <= told["near"]
-            told["verdict"] = HELD if inside else (REVERSED if gain["low"] > 0 or gain["high"] < 0 else OPEN)
+            told["near"] = near = round(max(NEAR * most, 0.0), 4)
+            is_far = gain["low"] > near or gain["high"] < -near
+            told["verdict"] = REVERSED if is_far else HELD if abs(gain["mean"]) < near else OPEN
         found.append(told)
     return found
 

@@ -22,7 +22,8 @@ SUITES = ("upstream", "sni", "benchmarks")
 def make_results(setting: Setting) -> dict[str, Any]:
     """Everything that can be told from what is in the folder."""
     root = setting.root
-    runs, adapted, base = read_judged(root), read_adapted(root), read_base(root)
+    runs, base = read_judged(root), read_base(root)
+    adapted = whole(read_adapted(root), len(setting.suites.judged["sni"]))
     costs = read_costs(setting)
     return {
         "config": setting.config,
@@ -38,6 +39,15 @@ def make_results(setting: Setting) -> dict[str, Any]:
         "partitions": partitions(setting),
         "costs": costs,
         "large": scale(costs),
+    }
+
+
+def whole(adapted: dict, tasks: int) -> dict:
+    """Ways of adapting by share of the data; what is not through all tasks is left out: its mean would mislead."""
+    return {
+        way: {share: losses for share, losses in shares.items() if len(losses) == tasks}
+        for way, shares in adapted.items()
+        if any(len(losses) == tasks for losses in shares.values())
     }
 
 
