@@ -21,7 +21,7 @@ GREY = "#555555"
 
 def losses(results: dict) -> Any:
     """Loss on training tasks and on held-out ones, by method, with intervals."""
-    shown = {name: told for name, told in results["methods"].items() if name in NAMES and "sni" in told}
+    shown = {name: told for name, told in results["methods"].items() if name in NAMES and "upstream" in told}
     if not shown:
         return None
     names = [name for name in NAMES if name in shown]

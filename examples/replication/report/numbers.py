@@ -24,11 +24,9 @@ def estimate(values: Values) -> dict[str, float]:
     tasks = [np.asarray(rows, dtype=float) for rows in values.values() if len(rows)]
     rng = np.random.default_rng(0)
     means = np.empty((len(tasks), DRAWS))
-    draws = np.empty(DRAWS)
     for place, rows in enumerate(tasks):
         means[place] = rows[rng.integers(0, len(rows), (DRAWS, len(rows)))].mean(axis=1)
-    for draw in range(DRAWS):
-        draws[draw] = means[rng.integers(0, len(tasks), len(tasks)), draw].mean()
+    draws = means[rng.integers(0, len(tasks), (DRAWS, len(tasks))), np.arange(DRAWS)[:, None]].mean(axis=1)
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     told = {"mean": np.mean([rows.mean() for rows in tasks]), "low": low, "high": high}
     return {key: round(float(value), 4) for key, value in told.items()} | {
