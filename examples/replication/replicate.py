@@ -102,10 +102,8 @@ def run(setting: Setting, arguments: argparse.Namespace) -> None:
 
 def start_worker() -> subprocess.Popen:
     """The same command as one worker of one thread."""
-    words = list(sys.argv)
-    place = words.index("--workers")
-    words[place : place + 2] = []
-    return subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [sys.executable, *sys.argv, "--workers", "1"]  # the last of two counts
+    return subprocess.Popen(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def ground(tmp_path_factory) -> Path:
     config["judging"]["groups"] = {"core": ["private-0", "mbc-0"]}
     kept = ("scratch", "mbc-poly", "mbc-lorahub")
     config["adapting"]["methods"] = {way: config["adapting"]["methods"][way] for way in kept}
-    config["analyses"] |= {"pairs": 1, "clusters": [1]}
+    config["analyses"] |= {"pairs": 1, "clusters": [3]}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     words = [
         sys.executable,
@@ -118,3 +118,18 @@ def test_bad_arguments(ground, words, told):
         cwd=ground,
     )
     assert answer.returncode != 0 and told in answer.stderr
+
+
+def test_a_library_in_no_wave_is_named(ground, tmp_path):
+    """One cluster is the shared library, which the small config does not train."""
+    config = yaml.safe_load((ground / "config.yaml").read_text())
+    config["analyses"]["clusters"] = [1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    answer = subprocess.run(
+        [sys.executable, str(FOLDER / "replicate.py"), "--config", str(tmp_path / "config.yaml"), "--list"]
+        + ["--data", str(ground / "data"), "--output", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert answer.returncode != 0 and "clusters-1 needs the library shared-0" in answer.stderr

@@ -135,9 +135,14 @@ def _eval_losses(setting: Setting, folder: Any, task: str) -> list[float]:
 
 
 def clusters(setting: Setting, count: int) -> None:
-    """An MBC library of another number of clusters, from the private adapters of `mbc-0`; its own experts' losses."""
-    if count == setting.config["clusters"]:
-        folder, groups = setting.library_folder("mbc-0"), setting.groups("mbc-0")
+    """Each task's loss with its cluster's expert, where MBC had made this many clusters, for the same budget.
+
+    One cluster is the shared library and a cluster a task the private one: neither spends a step on clustering. Other
+    numbers than the config's own are clustered anew from the first stage of `mbc-0` and trained for the rest.
+    """
+    known = known_clusters(setting).get(count)
+    if known is not None:
+        folder, groups = setting.library_folder(known), setting.groups(known)
     else:
         folder, groups = _train_clusters(setting, count)
     losses = {
@@ -147,6 +152,11 @@ def clusters(setting: Setting, count: int) -> None:
     }
     mean = statistics.fmean(map(statistics.fmean, losses.values()))
     setting.write(f"cluster-losses/{count}.json", {"clusters": count, "losses": losses, "mean": mean})
+
+
+def known_clusters(setting: Setting) -> dict[int, str]:
+    """Number of clusters -> the library that has it."""
+    return {1: "shared-0", len(setting.suites.upstream): "private-0", setting.config["clusters"]: "mbc-0"}
 
 
 def _train_clusters(setting: Setting, count: int) -> tuple[Path, dict[str, list[str]]]:

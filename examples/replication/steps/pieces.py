@@ -39,6 +39,7 @@ def list_pieces(setting: Setting) -> list[Piece]:
     """All pieces, in the order that completes the tables early: wave by wave of libraries, then more of everything."""
     config, pieces, known = setting.config, [], []
     shares, groups = config["adapting"]["rows"], config["judging"]["groups"]
+    with_clusters = analyses.known_clusters(setting)
     for wave in config["waves"]:
         known += wave
         pieces += [_training(name) for name in wave] + _judging(config, wave, "core", 0)
@@ -56,14 +57,25 @@ def list_pieces(setting: Setting) -> list[Piece]:
         for number in range(config["analyses"]["pairs"])
     ]
     pieces += [
-        Piece(f"clusters-{count}", partial(analyses.clusters, count=count), _after("mbc-0"))
+        Piece(f"clusters-{count}", partial(analyses.clusters, count=count), _after(with_clusters.get(count, "mbc-0")))
         for count in config["analyses"]["clusters"]
     ]
     pieces += _adapting(setting, shares[1:], known)
     for number in range(1, config["judging"]["rounds"]):
         for group in groups:
             pieces += _judging(config, known, group, number)
+    _check_waits(pieces)
     return pieces
+
+
+def _check_waits(pieces: list[Piece]) -> None:
+    """What waits for a library that is in no wave would wait for ever."""
+    names = {piece.name for piece in pieces}
+    for piece in pieces:
+        for name in piece.after:
+            if name not in names:
+                library = name.removeprefix("train-")
+                raise ValueError(f"{piece.name} needs the library {library}, which is in none of the config's `waves`.")
 
 
 def _training(name: str) -> Piece:
