@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ def arrow_weights(
     Args:
         base (`PreTrainedModel`): the base model; it is as before afterwards.
         members (`Sequence[Adapter]`): the experts.
-        token_rows (`Sequence[Sequence[int]]`): ids of some rows, prompts and completions.
+        token_rows (`Sequence[Sequence[int]]`): the ids of some rows.
         top_k (`int`): experts a token.
 
     Returns:
@@ -36,8 +35,3 @@ def arrow_weights(
         return {module: list(shares) for module, shares in trace.shares("module").items()}
     finally:
         model.unload()
-
-
-def token_rows(tokenizer: Any, rows: Sequence[Any], limit: int | None) -> list[list[int]]:
-    """The tokens of rows, each with what `prompt` and `completion` say, cut to `limit` at the end."""
-    return [tokenizer(row.prompt + row.completion)["input_ids"][:limit] for row in rows]

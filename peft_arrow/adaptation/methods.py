@@ -9,8 +9,8 @@ from typing import Any
 from ..library.adapter import Adapter
 from ..training.base import Base
 from ..training.data import Examples
-from .arrow_weights import arrow_weights, token_rows
-from .readable import readable_rows
+from .arrow_weights import arrow_weights
+from .readable import encoded_rows
 from .starts import Experts, Factors, mixed
 
 
@@ -36,7 +36,7 @@ class Method:
     Args:
         summary (`str`): what it is, for people.
         start (`Callable`, *optional*): what the LoRA is before training; None: fresh, or the method trains otherwise.
-        tunes_routing (`bool`): weights over the library are learnt; `tunes_experts`: its factors too.
+        tunes_experts (`bool`): where weights over the library are learnt, its factors are too.
         is_searched (`bool`): without gradients.
         options (`tuple[str, ...]`): of `aggregation`, `top_k`, `rows` and `evaluations`, those that it has.
         needs_library (`bool`): it starts from experts.
@@ -44,7 +44,6 @@ class Method:
 
     summary: str
     start: Callable[[Task], Factors] | None = None
-    tunes_routing: bool = False
     tunes_experts: bool = False
     is_searched: bool = False
     options: tuple[str, ...] = ()
@@ -62,11 +61,8 @@ def _mean(task: Task) -> Factors:
 
 
 def _arrow(task: Task) -> Factors:
-    tokenizer = task.base.tokenizer
-    rows = readable_rows(task.examples, tokenizer, task.options["rows"], "arrow")
-    found = arrow_weights(
-        task.base.model, task.members, token_rows(tokenizer, rows, None), top_k=task.options["top_k"]
-    )
+    rows = [row.ids for row in encoded_rows(task, task.options["rows"], "arrow")]
+    found = arrow_weights(task.base.model, task.members, rows, top_k=task.options["top_k"])
     return mixed(task.experts, found, task.options["aggregation"])
 
 
@@ -79,8 +75,8 @@ METHODS: dict[str, Method] = {
         _arrow,
         options=("aggregation", "top_k", "rows"),
     ),
-    "poly": Method("tunes weights over the library in every module, and its experts", None, True, True),
-    "polyz": Method("tunes weights over the library in every module alone", None, True),
+    "poly": Method("tunes weights over the library in every module, and its experts", tunes_experts=True),
+    "polyz": Method("tunes weights over the library in every module alone"),
     "lorahub": Method(
         "searches one weight an expert, without gradients (arXiv 2307.13269)",
         is_searched=True,

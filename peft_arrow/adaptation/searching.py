@@ -10,7 +10,6 @@ import torch
 from peft import get_peft_model
 from transformers import set_seed
 
-from ..evaluation.encoding import context_limit, encode
 from ..evaluation.scoring import score_encoded
 from ..training.base import kept_random_state, lent
 from ..training.checkpoints import checkpoints_of, prepare_checkpoints
@@ -19,7 +18,7 @@ from ..training.jobs import Job, Plan, record_of, write_expert
 from ..training.targets import with_targets
 from .lorahub import search
 from .methods import Task
-from .readable import readable_rows
+from .readable import encoded_rows
 from .starts import Factors, set_factors
 
 
@@ -36,11 +35,8 @@ def search_weights(task: Task, job: Job, plan: Plan, on_step: Callable[[int, int
         ImportError: nevergrad is missing.
     """
     started, base, stacks = time.monotonic(), task.base, dict(task.experts.items())
-    rows = readable_rows(task.examples, base.tokenizer, task.options["rows"], "lorahub")
-    limit, evaluations = context_limit(base.model), task.options["evaluations"]
-    pairs = [
-        encode(base.tokenizer, row.prompt, row.completion, is_templated=row.is_templated, limit=limit) for row in rows
-    ]
+    pairs = encoded_rows(task, task.options["rows"], "lorahub")
+    evaluations = task.options["evaluations"]
     work = checkpoints_of(job.folder)
     prepare_checkpoints(work, job.identity)
     with kept_random_state(), lent(base.model) as model:

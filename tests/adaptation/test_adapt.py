@@ -26,7 +26,7 @@ def run(folder, method, library, name="adapted", **options):
     return adapt(
         str(base_in(folder)),
         library,
-        ROWS,
+        options.pop("dataset", ROWS),
         method=method,
         output_dir=folder / name,
         sft_config={**SFT, **options.pop("sft", {})},
@@ -142,9 +142,9 @@ def test_arrow_begins_with_the_weights_of_its_routing(tmp_path):
     sums, seen, tokenizer = np.zeros(3), [], pico_tokenizer()
     base.model.layers[0].self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     for row in ROWS:
-        ids = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")["input_ids"]
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
         with torch.no_grad():
-            base(ids)
+            base(torch.tensor([ids]))
     states = np.concatenate([x[0].double().numpy() for x in seen])
     for state in states:
         logits = np.abs(np.array([prototype @ state for prototype in prototypes]))
@@ -274,6 +274,14 @@ def test_no_library_another_base_and_nan_are_errors(tmp_path):
     with pytest.raises(ValueError, match="holds NaN"):
         run(tmp_path, "mean", AdapterLibrary({"e0": replace(library["e0"], tensors=tensors)}, str(base_in(tmp_path))))
     assert not list(tmp_path.glob("*adapted*"))
+
+
+@pytest.mark.parametrize("method", ["arrow", "lorahub"])
+def test_texts_have_no_answers_to_read(tmp_path, method):
+    library = library_in(tmp_path)
+    with pytest.raises(ValueError, match="reads prompts and completions, and dataset 'texts' is of texts"):
+        run(tmp_path, method, library, name="texts", dataset=[{"text": "abc"}] * 4)
+    assert not (tmp_path / "texts").exists()
 
 
 def test_a_library_of_another_size_names_the_module(tmp_path):

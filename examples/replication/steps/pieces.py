@@ -75,7 +75,7 @@ def _check_waits(pieces: list[Piece]) -> None:
         for name in piece.after:
             if name not in names:
                 library = name.removeprefix("train-")
-                raise ValueError(f"{piece.name} needs the library {library}, which is in none of the config's `waves`.")
+                raise ValueError(f"{piece.name} needs the library {library}, which is in no wave of the config.")
 
 
 def _training(name: str) -> Piece:
