@@ -12,7 +12,12 @@ from steps.setting import Setting, kind_and_seed
 from .numbers import Values, mean_of_seeds
 
 
-MEASURES = {"upstream": "loss", "sni": "loss", "benchmarks": "acc_paper"}
+# Suite of the judge -> suite of the report -> measure: the benchmarks' right answers also have a loss.
+MEASURES = {
+    "upstream": {"upstream": "loss"},
+    "sni": {"sni": "loss"},
+    "benchmarks": {"benchmarks": "acc_paper", "answers": "loss"},
+}
 Runs = dict[str, dict[int, dict[str, Values]]]  # method -> seed -> suite -> task -> values
 
 
@@ -47,8 +52,9 @@ def _joined(rounds: list[dict]) -> dict[str, Values]:
     for cells in rounds:
         for name, cell in cells.items():
             suite, _, task = name.partition(".")
-            values = [round(value, 5) for value in cell["values"][MEASURES[suite]]]
-            found[suite].setdefault(task, []).extend(values)
+            for shown, measure in MEASURES[suite].items():
+                values = [round(value, 5) for value in cell["values"][measure]]
+                found[shown].setdefault(task, []).extend(values)
     return {suite: dict(tasks) for suite, tasks in found.items()}
 
 

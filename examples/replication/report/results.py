@@ -16,7 +16,7 @@ from .costs import scale
 from .numbers import correlation, estimate
 
 
-SUITES = ("upstream", "sni", "benchmarks")
+SUITES = ("upstream", "sni", "benchmarks", "answers")
 
 
 def make_results(setting: Setting) -> dict[str, Any]:

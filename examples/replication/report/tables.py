@@ -49,6 +49,7 @@ SUITES = {
     "upstream": "the 44 training tasks' eval rows, loss",
     "sni": "12 held-out tasks, loss",
     "benchmarks": "8 benchmarks, accuracy",
+    "answers": "8 benchmarks, loss of the right answer",
     "adapted:0.1": "12 held-out tasks, 10 % of the data, loss",
     "adapted:1.0": "12 held-out tasks, all data, loss",
 }
@@ -108,12 +109,14 @@ def zero_shot(results: dict) -> str:
             continue
         cells = [f"{100 * told['by_task'].get(task, float('nan')):.1f}" for task in paper.BENCHMARKS]
         seeds = f"{results['methods'][name]['seeds']} / {told['items']}"
-        rows.append(["ours", NAMES[name], *cells, interval(told, 1, 100), seeds])
+        loss = interval(results["methods"][name].get("answers"))
+        rows.append(["ours", NAMES[name], *cells, interval(told, 1, 100), loss, seeds])
     for model, methods in paper.ZERO_SHOT.items():
         for name, values in methods.items():
             mean = sum(values) / len(values)
-            rows.append([model, NAMES[name], *(f"{value:.1f}" for value in values), f"{mean:.1f}", MISSING])
-    return table(["model", "library, routing", *paper.SHOWN, "mean", "seeds / items"], rows)
+            rows.append([model, NAMES[name], *(f"{value:.1f}" for value in values), f"{mean:.1f}", MISSING, MISSING])
+    head = ["model", "library, routing", *paper.SHOWN, "mean", "loss of the right answer", "seeds / items"]
+    return table(head, rows)
 
 
 def held_out(results: dict) -> str:
