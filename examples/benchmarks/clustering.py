@@ -181,10 +181,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, help="folder for clustering.json (default: none written)")
-    parser.add_argument("--smoke", action="store_true", help="20 and 40 adapters of 2 layers and width 64")
+    parser.add_argument("--smoke", action="store_true", help="two methods, 20 and 40 adapters of width 64")
     args = parser.parse_args()
     if args.smoke:
         args.counts, args.layers, args.width = [20, 40], 2, 64
+        args.methods = ["delta, exact", FLATTEN]
     facts = {"machine": platform.platform(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print("| adapters | method | seconds | ms an adapter | peak, GiB | ARI |\n|---|---|---|---|---|---|")

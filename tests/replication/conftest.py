@@ -16,5 +16,5 @@ def beside_the_script(monkeypatch):
     """Put the script's folder on the path for one test."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("steps", "report")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("replicate", "steps", "report")]:
         del sys.modules[name]

@@ -91,45 +91,37 @@ def test_killed_five_times_gives_the_same_tables(ground):
     assert all(told["verdict"] in ("held", "reversed", "open", "not run") for told in whole["claims"])
 
 
-def test_pieces_are_listed_with_what_they_wait_for(ground):
-    answer = subprocess.run(
-        [sys.executable, str(FOLDER / "replicate.py"), "--config", str(ground / "config.yaml"), "--list"]
-        + ["--data", str(ground / "data"), "--output", str(ground / "none")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert answer.returncode == 0, answer.stderr[-2000:]
-    names = [line.partition(" ")[2] for line in answer.stdout.splitlines() if line.startswith("left ")]
+def call(monkeypatch, *words: object) -> None:
+    """The script in this process; it takes ten seconds to start another."""
+    import replicate
+
+    monkeypatch.setattr(sys, "argv", ["replicate.py", *map(str, words)])
+    replicate.main()
+
+
+def test_pieces_are_listed_with_what_they_wait_for(ground, monkeypatch, capsys):
+    words = ["--config", ground / "config.yaml", "--data", ground / "data", "--output", ground / "none"]
+    with pytest.raises(SystemExit) as left:
+        call(monkeypatch, *words, "--list")
+    assert left.value.code is None
+    names = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("left ")]
     assert len(names) == len(set(names)) and names.index("train-mbc-0") < names.index("judge-mbc-0-core-0")
     assert not (ground / "none").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [(["--output", "x"], "--output and --data are needed"), (["--data", "nowhere", "--output", "x"], "holds no rows")],
-)
-def test_bad_arguments(ground, words, told):
-    answer = subprocess.run(
-        [sys.executable, str(FOLDER / "replicate.py"), *words],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=ground,
-    )
-    assert answer.returncode != 0 and told in answer.stderr
+def test_bad_arguments(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--output and --data are needed"):
+        call(monkeypatch, "--output", "x")
+    with pytest.raises(ValueError, match="holds no rows"):
+        call(monkeypatch, "--data", "nowhere", "--output", "x")
 
 
-def test_a_library_in_no_wave_is_named(ground, tmp_path):
+def test_a_library_in_no_wave_is_named(ground, monkeypatch, tmp_path):
     """One cluster is the shared library, which the small config does not train."""
     config = yaml.safe_load((ground / "config.yaml").read_text())
     config["analyses"]["clusters"] = [1]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    answer = subprocess.run(
-        [sys.executable, str(FOLDER / "replicate.py"), "--config", str(tmp_path / "config.yaml"), "--list"]
-        + ["--data", str(ground / "data"), "--output", str(tmp_path / "none")],
-        capture_output=True,
-        text=True,
-        env=environment(),
-    )
-    assert answer.returncode != 0 and "clusters-1 needs the library shared-0" in answer.stderr
+    words = ["--config", tmp_path / "config.yaml", "--data", ground / "data", "--output", tmp_path / "none"]
+    with pytest.raises(ValueError, match="clusters-1 needs the library shared-0"):
+        call(monkeypatch, *words, "--list")
