@@ -33,7 +33,7 @@ def ground(tmp_path_factory) -> Path:
     config["judging"]["groups"] = {"core": ["private-0", "mbc-0"]}
     kept = ("scratch", "mbc-poly", "mbc-lorahub")
     config["adapting"]["methods"] = {way: config["adapting"]["methods"][way] for way in kept}
-    config["analyses"] |= {"pairs": 1, "clusters": [3]}
+    config["analyses"]["pairs"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     words = [
         sys.executable,
@@ -118,10 +118,10 @@ def test_bad_arguments(monkeypatch, tmp_path):
 
 
 def test_a_library_in_no_wave_is_named(ground, monkeypatch, tmp_path):
-    """One cluster is the shared library, which the small config does not train."""
+    """Pairs are compared with private experts."""
     config = yaml.safe_load((ground / "config.yaml").read_text())
-    config["analyses"]["clusters"] = [1]
+    config["waves"] = [["mbc-0"]]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", tmp_path / "config.yaml", "--data", ground / "data", "--output", tmp_path / "none"]
-    with pytest.raises(ValueError, match="clusters-1 needs the library shared-0"):
+    with pytest.raises(ValueError, match="pairs needs the library private-0"):
         call(monkeypatch, *words, "--list")

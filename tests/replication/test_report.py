@@ -128,6 +128,25 @@ def test_winner_is_chosen_and_reported_on_other_tasks():
     assert {row["name"] for row in found["rows"]} == {"arrow", "norm", "lag"}, "the oracle is told the task"
 
 
+def test_clusters_are_those_of_known_libraries_on_one_seed():
+    """The second seed of the private library has no say: the shared one has none."""
+    from report.results import clusters
+
+    def run(own, held_out):
+        return {0: {"upstream": {"a": [own, own], "b": [own + 1]}, "sni": {"c": [held_out]}}}
+
+    runs = {"shared": run(2.0, 3.0), "private/oracle": run(1.0, 0.0), "private/uniform-parameter": run(4.0, 5.0)}
+    runs["private/oracle"][1] = {"upstream": {"a": [9.0, 9.0], "b": [9.0]}}
+    few, many = clusters(runs, upstream=44, count=11)
+    assert (few["clusters"], few["told"]["mean"], few["uniform"]["mean"], few["held_out"]["mean"]) == (
+        1,
+        2.5,
+        2.5,
+        3.0,
+    )
+    assert (many["clusters"], many["told"]["mean"], many["uniform"]["mean"]) == (44, 1.5, 4.5)
+
+
 def test_cost_of_a_larger_model_is_arithmetic():
     from report.costs import scale
 

@@ -105,7 +105,7 @@ def read_costs(setting: Setting) -> dict[str, dict[str, float]]:
                 "seconds": round(sum(record["seconds"] for record in records)),
                 "peak_mib": done[f"train-{library}"]["peak_mib"],
             }
-    for stage in ("judge", "adapt", "similarity", "routing", "pair-", "clusters"):
+    for stage in ("judge", "adapt", "similarity", "routing", "pair-"):
         pieces = [piece for name, piece in done.items() if name.startswith(stage)]
         if pieces:
             found[stage.strip("-")] = {

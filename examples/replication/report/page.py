@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "beyond_mbc": lambda results: tables.beyond(results, "mbc"),
     "partition": tables.partition,
     "similarity": tables.similarity,
+    "transfer": tables.transfer,
     "clusters": tables.clusters,
     "routing": tables.routing,
     "errors_private": lambda results: tables.routing_errors(results, "private-0"),

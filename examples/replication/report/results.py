@@ -34,7 +34,7 @@ def make_results(setting: Setting) -> dict[str, Any]:
         "beyond": {kind: found for kind in ("private", "mbc") if (found := beyond(runs, kind))},
         "similarity": similarities(read_each(root, "similarity")),
         "transfer": transfer(read_each(root, "transfer")),
-        "clusters": clusters(read_each(root, "cluster-losses")),
+        "clusters": clusters(runs, len(setting.suites.upstream), setting.config["clusters"]),
         "routing": routing(read_each(root, "routing"), setting.suites.category),
         "partitions": partitions(setting),
         "costs": costs,
@@ -117,12 +117,27 @@ def transfer(read: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def clusters(read: dict[str, Any]) -> list[dict[str, Any]]:
-    """Number of clusters -> mean loss of the tasks with their cluster's expert, with its interval."""
-    return sorted(
-        ({"clusters": told["clusters"], **estimate(told["losses"])} for told in read.values()),
-        key=lambda row: row["clusters"],
-    )
+def clusters(runs: Runs, upstream: int, count: int) -> list[dict[str, Any]]:
+    """By number of clusters: one is the shared library, one a task the private one; neither needs clustering.
+
+    `told` and `uniform` are the training tasks' losses with their own expert and with the mean of all, `held_out`
+    those of the held-out tasks with the mean of all. Seed 0, for one seed is all that `shared` has.
+    """
+    found = []
+    for number, ways in (
+        (1, ("shared", "shared")),
+        (count, ("mbc/oracle", "mbc/uniform-parameter")),
+        (upstream, ("private/oracle", "private/uniform-parameter")),
+    ):
+        told, uniform = ({0: runs[way][0]} if 0 in runs.get(way, {}) else {} for way in ways)
+        if told and uniform:
+            values = {
+                "told": over_seeds(told, "upstream"),
+                "uniform": over_seeds(uniform, "upstream"),
+                "held_out": over_seeds(uniform, "sni"),
+            }
+            found.append({"clusters": number, **{name: estimate(one) for name, one in values.items() if one}})
+    return found
 
 
 def partitions(setting: Setting) -> dict[str, Any]:

@@ -184,9 +184,23 @@ def similarity(results: dict) -> str:
     """Mean cosine between the experts of each library."""
     rows = [
         [library, str(told["experts"]), f"{told['delta']:.3f}", f"{told['factors']:.3f}"]
+        + [str(paper.COSINES.get(library.rpartition("-")[0], MISSING))]
         for library, told in results["similarity"].items()
     ]
-    return table(["library", "experts", "mean cosine, updates", "mean cosine, numbers of A and B"], rows)
+    return table(["library", "experts", "mean cosine, updates", "numbers of A and B", "Phi-2, 10 clusters"], rows)
+
+
+def transfer(results: dict) -> str:
+    """Pearson's correlation of two adapters' cosine with what joint training gains."""
+    told = results["transfer"]
+    if not told:
+        return "Not run yet."
+    rows = [
+        [f"cosine of {shown}", interval(told[key]), str(told[key]["pairs"])]
+        for key, shown in (("delta", "the updates"), ("factors", "the numbers of A and B"))
+    ]
+    rows += [[f"the paper's, {model}", f"{value:.2f}", MISSING] for model, value in paper.TRANSFER.items()]
+    return table(["similarity", "correlation with the gain", "pairs"], rows)
 
 
 def partition(results: dict) -> str:
@@ -207,9 +221,17 @@ def partition(results: dict) -> str:
 
 
 def clusters(results: dict) -> str:
-    """Loss with the cluster's expert by number of clusters."""
-    rows = [[str(row["clusters"]), interval(row), str(row["items"])] for row in results["clusters"]]
-    return table(["clusters", "loss with the task's cluster expert", "items"], rows) if rows else "Not run yet."
+    """Losses by number of clusters, above the paper's."""
+    rows = [
+        ["ours", str(row["clusters"]), *(interval(row.get(name)) for name in ("told", "uniform", "held_out"))]
+        for row in results["clusters"]
+    ]
+    if not rows:
+        return "Not run yet."
+    for count, (likelihood, accuracy) in paper.CLUSTERS.items():
+        rows.append(["Phi-2", str(count), MISSING, f"{-likelihood:.2f}", f"{accuracy:.1f} %"])
+    head = ["", "clusters", "training tasks, own expert", "training tasks, uniform", "held-out, uniform"]
+    return table(head, rows)
 
 
 def routing(results: dict) -> str:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
 
-from peft_arrow import ArrowLoraModel, MBCClusterer, train_adapter, train_groups
-from peft_arrow.building.budget import private_share
+from peft_arrow import ArrowLoraModel, train_adapter
 from peft_arrow.evaluation.batches import batches_by_length, padded
 from peft_arrow.evaluation.rows import read_row
 from peft_arrow.evaluation.scoring import score_options
@@ -132,53 +129,3 @@ def _eval_losses(setting: Setting, folder: Any, task: str) -> list[float]:
         return [round(options[0].mean_nll, 6) for options in score_options(adapted, tokenizer, items)]
     finally:
         adapted.unload()
-
-
-def clusters(setting: Setting, count: int) -> None:
-    """Each task's loss with its cluster's expert, where MBC had made this many clusters, for the same budget.
-
-    One cluster is the shared library and a cluster a task the private one: neither spends a step on clustering. Other
-    numbers than the config's own are clustered anew from the first stage of `mbc-0` and trained for the rest.
-    """
-    known = known_clusters(setting).get(count)
-    if known is not None:
-        folder, groups = setting.library_folder(known), setting.groups(known)
-    else:
-        folder, groups = _train_clusters(setting, count)
-    losses = {
-        task: _eval_losses(setting, folder / "experts" / name, task)
-        for name, tasks in groups.items()
-        for task in tasks
-    }
-    mean = statistics.fmean(map(statistics.fmean, losses.values()))
-    setting.write(f"cluster-losses/{count}.json", {"clusters": count, "losses": losses, "mean": mean})
-
-
-def known_clusters(setting: Setting) -> dict[int, str]:
-    """Number of clusters -> the library that has it."""
-    return {1: "shared-0", len(setting.suites.upstream): "private-0", setting.config["clusters"]: "mbc-0"}
-
-
-def _train_clusters(setting: Setting, count: int) -> tuple[Path, dict[str, list[str]]]:
-    """Cluster the first stage of `mbc-0` anew and train the experts for the rest of the budget."""
-    model, tokenizer = setting.base
-    suites, steps = setting.suites, setting.config["training"]["steps"]
-    first = private_share(steps)
-    private = setting.root / "libraries" / "mbc-0-training" / "private"
-    refs = {task: private / task for task in suites.upstream}
-    found = MBCClusterer(count, random_state=0).fit(refs).clusters_
-    groups = {name: list(tasks) for name, tasks in found.items()}
-    folder = setting.root / "clusters" / str(count)
-    train_groups(
-        model,
-        groups,
-        {task: suites.train[task] for task in suites.upstream},
-        output_dir=folder,
-        steps={name: (steps - first) * len(tasks) for name, tasks in groups.items()},
-        tokenizer=tokenizer,
-        init_seed=0,
-        sft_config=setting.sft(0),
-        lora_config=setting.lora(),
-        progress=False,
-    )
-    return folder, groups

@@ -39,7 +39,6 @@ def list_pieces(setting: Setting) -> list[Piece]:
     """All pieces, in the order that completes the tables early: wave by wave of libraries, then more of everything."""
     config, pieces, known = setting.config, [], []
     shares, groups = config["adapting"]["rows"], config["judging"]["groups"]
-    with_clusters = analyses.known_clusters(setting)
     for wave in config["waves"]:
         known += wave
         pieces += [_training(name) for name in wave] + _judging(config, wave, "core", 0)
@@ -55,10 +54,6 @@ def list_pieces(setting: Setting) -> list[Piece]:
     pieces += [
         Piece(f"pair-{number}", partial(analyses.pair, number=number), ("pairs",))
         for number in range(config["analyses"]["pairs"])
-    ]
-    pieces += [
-        Piece(f"clusters-{count}", partial(analyses.clusters, count=count), _after(with_clusters.get(count, "mbc-0")))
-        for count in config["analyses"]["clusters"]
     ]
     pieces += _adapting(setting, shares[1:], known)
     for number in range(1, config["judging"]["rounds"]):
