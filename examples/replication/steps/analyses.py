@@ -76,16 +76,22 @@ def vars_of(one: Any) -> dict[str, Any]:
 
 
 def list_pairs(setting: Setting) -> None:
-    """Pairs of tasks at even distances of their private adapters' similarity, from the least to the most alike."""
+    """Pairs of tasks at even distances of their private adapters' similarity, from the least to the most alike.
+
+    As in the paper's Figure 2, which has one pair of each of 50 bins: most pairs are hardly alike, and drawn by chance
+    they tell nothing about the others.
+    """
     similarity(setting, "private-0")
     found = json.loads((setting.root / "similarity/private-0.json").read_text())
-    pairs = sorted(
+    pairs = [
         (found["delta"][one][other], found["factors"][one][other], found["names"][one], found["names"][other])
         for one, other in itertools.combinations(range(len(found["names"])), 2)
-    )
-    count = setting.config["analyses"]["pairs"]
-    places = np.linspace(0, len(pairs) - 1, count).round().astype(int)
-    chosen = [pairs[place] for place in places]
+    ]
+    chosen = []
+    count = min(setting.config["analyses"]["pairs"], len(pairs))
+    for wanted in np.linspace(min(pairs)[0], max(pairs)[0], count):
+        chosen.append(min(pairs, key=lambda pair: abs(pair[0] - wanted)))
+        pairs.remove(chosen[-1])
     setting.write("pairs.json", [dict(zip(("delta", "factors", "one", "other"), pair)) for pair in chosen])
 
 
