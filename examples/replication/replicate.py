@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of libraries and results; it may exist already")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each if several (default: 1)")
     parser.add_argument("--minutes", type=float, help="begin no piece after so many minutes")
-    parser.add_argument("--only", nargs="+", help="pieces whose name begins with one of these")
+    parser.add_argument("--only", nargs="+", help="pieces whose name begins with one of these, where * is anything")
     parser.add_argument("--list", action="store_true", help="list the pieces and stop")
     parser.add_argument("--report", action="store_true", help="write results.json, tables and figures, and stop")
     parser.add_argument("--docs", type=Path, metavar="DOCS", help="with --report: also fill the tables of this folder")
@@ -81,7 +82,7 @@ def run(setting: Setting, arguments: argparse.Namespace) -> None:
     pieces = [
         piece
         for piece in list_pieces(setting)
-        if not arguments.only or any(piece.name.startswith(part) for part in arguments.only)
+        if not arguments.only or any(fnmatchcase(piece.name, f"{part}*") for part in arguments.only)
     ]
     if arguments.list:
         for piece in pieces:

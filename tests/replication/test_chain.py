@@ -106,6 +106,10 @@ def test_pieces_are_listed_with_what_they_wait_for(ground, monkeypatch, capsys):
     assert left.value.code is None
     names = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("left ")]
     assert len(names) == len(set(names)) and names.index("train-mbc-0") < names.index("judge-mbc-0-core-0")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *words, "--list", "--only", "adapt-*-0.1-", "pair-")
+    chosen = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines() if line.startswith("left ")]
+    assert chosen == [name for name in names if name.startswith(("adapt-", "pair-")) and "base" not in name]
     assert not (ground / "none").exists()
 
 
