@@ -22,7 +22,7 @@ def adapt_one(setting: Setting, way: str, task: str, share: float, seed: int) ->
     if source is not None:
         library = setting.library(source)
     name = f"{way}-{task}-{share}-{seed}"
-    more: dict[str, Any] = {"steps": options["steps"][share]}
+    more: dict[str, Any] = {"steps": options["shares"][share]["steps"]}
     if method == "lorahub":
         more |= options["lorahub"]
     if method == "scratch":

@@ -38,7 +38,7 @@ class Piece:
 def list_pieces(setting: Setting) -> list[Piece]:
     """All pieces, in the order that completes the tables early: wave by wave of libraries, then more of everything."""
     config, pieces, known = setting.config, [], []
-    shares, groups = config["adapting"]["rows"], config["judging"]["groups"]
+    shares, groups = list(config["adapting"]["shares"]), config["judging"]["groups"]
     for wave in config["waves"]:
         known += wave
         pieces += [_training(name) for name in wave] + _judging(config, wave, "core", 0)
@@ -96,12 +96,13 @@ def _judging(config: dict, libraries: list[str], group: str, number: int) -> lis
 def _adapting(setting: Setting, shares: list[float], libraries: list[str]) -> list[Piece]:
     """Adaptation from these libraries; with the first ones come the base and what needs no library."""
     options, config = setting.config["adapting"], setting.config
-    is_first, is_less = libraries[0] == config["waves"][0][0], shares == options["rows"][:1]
+    is_first, is_less = libraries[0] == config["waves"][0][0], shares == list(options["shares"])[:1]
     pieces = [Piece("adapt-base", adapting.base_losses)] if is_first and is_less else []
     for share in shares:
         for seed in options["seeds"]:
-            for way, (method, library) in options["methods"].items():
-                if (library or config["waves"][0][0]) not in libraries or (method == "lorahub" and not is_less):
+            for way, (_, library) in options["methods"].items():
+                chosen = options["shares"][share].get("methods", options["methods"])
+                if way not in chosen or (library or config["waves"][0][0]) not in libraries:
                     continue
                 pieces += [
                     Piece(
