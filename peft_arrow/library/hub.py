@@ -72,8 +72,10 @@ def push_library(
         )
 
 
-def check_public_base(base_model: str, remedy: str) -> None:
-    """Raise a `ValueError` that ends with `remedy` where the base model is named by a folder."""
+def check_public_base(base_model: str | None, remedy: str) -> None:
+    """Raise a `ValueError` that ends with `remedy` where the base model has no name, or that of a folder."""
+    if not base_model:
+        raise ValueError(f"base_model {base_model!r} is no name that others can load it by; {remedy}")
     if is_local_path(base_model) or Path(base_model).is_dir():
         raise ValueError(f"base_model {base_model!r} is a folder of this machine, which others cannot load; {remedy}")
 

@@ -176,9 +176,10 @@ def check_routed(hub: Hub, library, work: Path):
         push_to_hub(model, "alice/lib")
     with pytest.raises(ValueError, match="only routed models are pushed"):
         push_to_hub(pico_base(), "alice/new")
-    model.active_peft_config.base_model_name_or_path = str(work)
-    with pytest.raises(ValueError, match="set model.active_peft_config.base_model_name_or_path"):
-        push_to_hub(model, "alice/new")
+    for name in (str(work), None):
+        model.base_model.model.name_or_path = model.active_peft_config.base_model_name_or_path = name
+        with pytest.raises(ValueError, match="set model.active_peft_config.base_model_name_or_path"):
+            push_to_hub(model, "alice/new")
 
 
 def check_plain_peft_is_left_alone(hub: Hub, library):
