@@ -122,10 +122,28 @@ def test_winner_is_chosen_and_reported_on_other_tasks():
         shift = -0.5 if f"sni.{task}" in choosing else 0.3
         lag[task] = [value + shift for value in lag[task]]
     found = beyond(runs, "mbc")
-    assert found["winner"] == "lag" and found["tasks"] == {"choosing": 6, "reporting": 6}
+    assert found["winner"] == found["winner_without_rows"] == "lag"
+    assert found["tasks"] == {"choosing": 6, "reporting": 6, "held_out": 6}
     row = next(row for row in found["rows"] if row["name"] == "lag")
     assert row["reporting_gain"]["mean"] == pytest.approx(-0.3, abs=1e-6)
     assert {row["name"] for row in found["rows"]} == {"arrow", "norm", "lag"}, "the oracle is told the task"
+
+
+def test_winner_over_two_libraries_is_judged_by_their_mean():
+    """A router that is best on one library and bad on the other is not chosen; nor is what one of them lacks."""
+    from report.beyond import beyond
+
+    planted = {"arrow": (2.0, 2.0), "norm": (1.9, 1.7), "centroid": (1.0, 3.0), "task_predictor": (1.2, 1.2)}
+    runs = {}
+    for name, losses in planted.items():
+        for library, loss in zip(("private", "mbc"), losses):
+            runs |= judged(**{f"{library}__{name}": loss})
+    runs = {name.replace("task-predictor", "task_predictor"): run for name, run in runs.items()}
+    runs |= judged(private__lag=0.1)
+    found = beyond(runs, "private", "mbc")
+    assert found["winner"] == "task_predictor" and found["winner_without_rows"] == "norm"
+    rows = {row["name"]: row for row in found["rows"]}
+    assert rows.keys() == planted.keys() and rows["norm"]["reporting_gain"]["mean"] == pytest.approx(0.2, abs=1e-6)
 
 
 def test_clusters_are_those_of_known_libraries_on_one_seed():

@@ -6,13 +6,15 @@ import random
 from typing import Any
 
 from .collect import Runs, over_seeds
-from .numbers import estimate, gaps
+from .numbers import Values, estimate, gaps, mean_of_seeds
 
 
 SEED = 0
 PLAIN = "arrow"
 # Not to be chosen: they are told the task, or are controls.
 APART = ("oracle", "random")
+# Routers that are fitted to some training rows of each expert; nobody has those of strangers' adapters.
+FITTED = ("centroid", "task_predictor", "retrieval", "phatgoose")
 SUITES = ("upstream", "sni")
 
 
@@ -23,32 +25,46 @@ def split_tasks(tasks: list[str]) -> tuple[list[str], list[str]]:
     return sorted(order[: len(order) // 2]), sorted(order[len(order) // 2 :])
 
 
-def beyond(runs: Runs, library: str) -> dict[str, Any] | None:
-    """The winner of one kind of library, with its margin over plain Arrow on tasks that did not choose it.
+def beyond(runs: Runs, *libraries: str) -> dict[str, Any] | None:
+    """The winner of one library or of several, with its margin over plain Arrow on tasks that did not choose it.
 
-    Every task has the same weight; the loss is in nats a token. Seed 0 alone, because all candidates have it.
+    Every task has the same weight; the loss is in nats a token, with several libraries each row's mean over them. Seed
+    0 alone, because all candidates have it. The best of those that need no data is told too.
     """
-    names = [name.partition("/")[2] for name in runs if name.startswith(f"{library}/")]
-    candidates = [name for name in names if name not in APART]
-    if len(candidates) < 3 or PLAIN not in candidates:
+    by_library = [_losses(runs, library) for library in libraries]
+    names = [name for name in by_library[0] if all(name in losses for losses in by_library)]
+    if len(names) < 3 or PLAIN not in names:
         return None
-    losses = {
-        name: {
-            f"{suite}.{task}": rows
-            for suite in SUITES
-            for task, rows in (over_seeds({0: runs[f"{library}/{name}"][0]}, suite) or {}).items()
-        }
-        for name in candidates
-    }
+    losses = {name: mean_of_seeds([one[name] for one in by_library]) for name in names}
     choosing, reporting = split_tasks(list(losses[PLAIN]))
+    held_out = [task for task in reporting if task.startswith("sni.")]
     rows = []
-    for name in candidates:
-        told = {"name": name}
-        for part, tasks in (("choosing", choosing), ("reporting", reporting)):
+    for name in names:
+        told = {"name": name, "needs_rows": name in FITTED}
+        for part, tasks in (("choosing", choosing), ("reporting", reporting), ("held_out", held_out)):
             own = {task: losses[name][task] for task in tasks if task in losses[name]}
             plain = {task: losses[PLAIN][task] for task in tasks}
-            told[part] = estimate(own)
-            told[f"{part}_gain"] = estimate(gaps(plain, own)) if name != PLAIN else None
+            told[part] = estimate(own) if own else None
+            told[f"{part}_gain"] = estimate(gaps(plain, own)) if own and name != PLAIN else None
         rows.append(told)
     rows.sort(key=lambda row: row["choosing"]["mean"])
-    return {"tasks": {"choosing": len(choosing), "reporting": len(reporting)}, "rows": rows, "winner": rows[0]["name"]}
+    return {
+        "tasks": {"choosing": len(choosing), "reporting": len(reporting), "held_out": len(held_out)},
+        "rows": rows,
+        "winner": rows[0]["name"],
+        "winner_without_rows": next(row["name"] for row in rows if not row["needs_rows"]),
+    }
+
+
+def _losses(runs: Runs, library: str) -> dict[str, Values]:
+    """Candidate -> task -> losses, of the first seed."""
+    names = [name for name in runs if name.startswith(f"{library}/") and name.partition("/")[2] not in APART]
+    return {
+        name.partition("/")[2]: {
+            f"{suite}.{task}": rows
+            for suite in SUITES
+            for task, rows in (over_seeds({0: runs[name][0]}, suite) or {}).items()
+        }
+        for name in names
+        if 0 in runs[name]
+    }

@@ -24,6 +24,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "supervised": tables.supervised,
     "beyond_private": lambda results: tables.beyond(results, "private"),
     "beyond_mbc": lambda results: tables.beyond(results, "mbc"),
+    "beyond_both": lambda results: tables.beyond(results, "private-mbc"),
     "partition": tables.partition,
     "similarity": tables.similarity,
     "transfer": tables.transfer,

@@ -16,6 +16,7 @@ from .costs import scale
 from .numbers import correlation, estimate
 
 
+BEYOND = (("private",), ("mbc",), ("private", "mbc"))
 SUITES = ("upstream", "sni", "benchmarks", "answers")
 
 
@@ -31,7 +32,7 @@ def make_results(setting: Setting) -> dict[str, Any]:
         "methods": methods(runs, setting.suites.category),
         "supervised": supervised(adapted, base),
         "claims": judge_claims(runs, adapted, base),
-        "beyond": {kind: found for kind in ("private", "mbc") if (found := beyond(runs, kind))},
+        "beyond": {"-".join(kinds): found for kinds in BEYOND if (found := beyond(runs, *kinds))},
         "similarity": similarities(read_each(root, "similarity")),
         "transfer": transfer(read_each(root, "transfer")),
         "clusters": clusters(runs, len(setting.suites.upstream), setting.config["clusters"]),

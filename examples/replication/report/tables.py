@@ -165,19 +165,16 @@ def beyond(results: dict, library: str) -> str:
     told = results["beyond"].get(library)
     if not told:
         return "Not run yet."
-    rows = [
-        [
-            f"**{row['name']}**" if row["name"] == told["winner"] else row["name"],
-            interval(row["choosing"]),
-            interval(row["reporting"]),
-            interval(row["reporting_gain"], 3),
-        ]
-        for row in told["rows"]
-    ]
+    best, rows = (told["winner"], told["winner_without_rows"]), []
+    for row in told["rows"]:
+        name = f"{row['name']} †" if row["needs_rows"] else row["name"]
+        cells = [interval(row["choosing"]), interval(row["reporting"])]
+        cells += [interval(row[gain], 3) for gain in ("reporting_gain", "held_out_gain")]
+        rows.append([f"**{name}**" if row["name"] in best else name, *cells])
     counts = told["tasks"]
     head = ["router and options", f"loss, choosing ({counts['choosing']} tasks)"]
     head += [f"loss, reporting ({counts['reporting']} tasks)", "less than plain Arrow, reporting"]
-    return table(head, rows)
+    return table([*head, f"of these, {counts['held_out']} held-out tasks"], rows)
 
 
 def similarity(results: dict) -> str:
