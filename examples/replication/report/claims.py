@@ -39,6 +39,8 @@ CLAIMS = [
         Claim("private-uniform < private-Arrow", "private/uniform-parameter", "private/arrow-parameter", suite)
         for suite in ZERO_SHOT
     ),
+    *(Claim("Shared < private-Arrow", "shared", "private/arrow-parameter", suite) for suite in ZERO_SHOT),
+    *(Claim("Shared < MBC-uniform", "shared", "mbc/uniform-parameter", suite) for suite in ZERO_SHOT),
     Claim("private-uniform << private-Arrow", "private/uniform-parameter", "private/arrow-parameter", "upstream"),
     Claim("private-Arrow < oracle", "private/arrow-parameter", "private/oracle", "upstream"),
     *(

@@ -88,6 +88,7 @@ def summary(results: dict) -> str:
     """The shortest table: each library on its own tasks and on held-out ones, in output space."""
     rows, columns = [], ("uniform", "arrow", "arrow-calibrated", "oracle")
     for suite, shown in (("upstream", "their own tasks"), ("sni", "held-out tasks")):
+        beside = [results["methods"].get(name, {}).get(suite) for name in ("base", "shared")]
         for kind, name in (
             ("private", "44 private experts"),
             ("mbc", "11 MBC experts"),
@@ -95,9 +96,9 @@ def summary(results: dict) -> str:
         ):
             cells = [results["methods"].get(f"{kind}/{way}", {}).get(suite) for way in columns]
             if any(cells):
-                base = results["methods"].get("base", {}).get(suite)
-                rows.append([f"{name}, {shown}", interval(base), *map(interval, cells)])
-    return table(["loss", "base", "uniform", "Arrow", "Arrow, calibrated", "told the task"], rows)
+                rows.append([f"{name}, {shown}", *map(interval, [*beside, *cells])])
+    head = ["loss", "base", "one shared LoRA", "uniform", "Arrow", "Arrow, calibrated", "told the task"]
+    return table(head, rows)
 
 
 def zero_shot(results: dict) -> str:
