@@ -148,6 +148,21 @@ def test_calibrated(folders, way):
     assert_layers_agree(model, expected)
 
 
+@pytest.mark.parametrize(
+    ("router", "options"), [("centroid", {}), ("task_predictor", {}), ("retrieval", {}), ("phatgoose", {"steps": 2})]
+)
+def test_fitted(folders, way, tokenizer, router, options):
+    """Fitting runs the model, and PHATGOOSE trains through it."""
+    model = ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=2, expert_store="cpu", hot_experts=3)
+    expected = expected_of(folders, top_k=2)
+    names = model.active_peft_config.expert_names
+    data = {name: [{"prompt": f"{name} {i}:", "completion": " x"} for i in range(3)] for name in names}
+    for one in (model, expected):
+        torch.manual_seed(0)
+        one.fit_router(router, data, tokenizer=tokenizer, **options)
+    assert_close(logits_of(model), logits_of(expected))
+
+
 def test_rows_sent_to_experts_and_pins(folders, way):
     model = ArrowLoraModel.from_pretrained(pico_base(), folders, top_k=2, expert_store="cpu", hot_experts=2)
     expected = expected_of(folders, top_k=2)
