@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -134,6 +136,11 @@ def fits(method: str, count: int, parameters: int) -> bool:
     return method != FLATTEN or 4 * numbers * parameters < 0.9 * free
 
 
+def one_process() -> ProcessPoolExecutor:
+    """A process that is not started before it has work: each measurement has a fresh one, but for a smoke run's."""
+    return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+
+
 def run(args: argparse.Namespace, root: Path) -> list[dict]:
     """All measurements; what does not fit is a row without figures."""
     parameters = args.layers * 4 * 2 * RANK * args.width
@@ -142,11 +149,11 @@ def run(args: argparse.Namespace, root: Path) -> list[dict]:
         raise SystemExit(f"{needed / 1e9:.1f} GB of adapters do not fit in {root}, which has {free / 1e9:.1f} GB free")
     folders = write_adapters(root, max(args.counts), args.layers, args.width)
     found = []
-    for count in args.counts:
-        for method in args.methods:
+    with one_process() as shared:
+        for count, method in itertools.product(args.counts, args.methods):
             row = {"method": method, "count": count, "parameters": parameters}
             if fits(method, count, parameters):
-                with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as executor:
+                with nullcontext(shared) if args.smoke else one_process() as executor:
                     row |= executor.submit(measure, method, folders[:count]).result()
             found.append(row)
             print(line(row), flush=True)
@@ -181,11 +188,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--output", type=Path, help="folder for clustering.json (default: none written)")
-    parser.add_argument("--smoke", action="store_true", help="two methods, 20 and 40 adapters of width 64")
+    parser.add_argument("--smoke", action="store_true", help="20 and 40 adapters of width 64, in one process")
     args = parser.parse_args()
     if args.smoke:
         args.counts, args.layers, args.width = [20, 40], 2, 64
-        args.methods = ["delta, exact", FLATTEN]
     facts = {"machine": platform.platform(), "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print("| adapters | method | seconds | ms an adapter | peak, GiB | ARI |\n|---|---|---|---|---|---|")

@@ -156,13 +156,8 @@ def test_clusters_are_those_of_known_libraries_on_one_seed():
     runs = {"shared": run(2.0, 3.0), "private/oracle": run(1.0, 0.0), "private/uniform-parameter": run(4.0, 5.0)}
     runs["private/oracle"][1] = {"upstream": {"a": [9.0, 9.0], "b": [9.0]}}
     few, many = clusters(runs, upstream=44, count=11)
-    assert (few["clusters"], few["told"]["mean"], few["uniform"]["mean"], few["held_out"]["mean"]) == (
-        1,
-        2.5,
-        2.5,
-        3.0,
-    )
-    assert (many["clusters"], many["told"]["mean"], many["uniform"]["mean"]) == (44, 1.5, 4.5)
+    means = [[one["clusters"], *(one[key]["mean"] for key in ("told", "uniform", "held_out"))] for one in (few, many)]
+    assert means == [[1, 2.5, 2.5, 3.0], [44, 1.5, 4.5, 5.0]]
 
 
 def test_cost_of_a_larger_model_is_arithmetic():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from .collect import Runs, over_seeds
+from peft_arrow.routers import ROUTERS
+
+from .collect import Runs
 from .numbers import Values, estimate, gaps, mean_of_seeds
 
 
@@ -13,8 +15,6 @@ SEED = 0
 PLAIN = "arrow"
 # Not to be chosen: they are told the task, or are controls.
 APART = ("oracle", "random")
-# Routers that are fitted to some training rows of each expert; nobody has those of strangers' adapters.
-FITTED = ("centroid", "task_predictor", "retrieval", "phatgoose")
 SUITES = ("upstream", "sni")
 
 
@@ -40,7 +40,7 @@ def beyond(runs: Runs, *libraries: str) -> dict[str, Any] | None:
     held_out = [task for task in reporting if task.startswith("sni.")]
     rows = []
     for name in names:
-        told = {"name": name, "needs_rows": name in FITTED}
+        told = {"name": name, "needs_rows": name in ROUTERS and ROUTERS[name].needs_data}
         for part, tasks in (("choosing", choosing), ("reporting", reporting), ("held_out", held_out)):
             own = {task: losses[name][task] for task in tasks if task in losses[name]}
             plain = {task: losses[PLAIN][task] for task in tasks}
@@ -61,9 +61,7 @@ def _losses(runs: Runs, library: str) -> dict[str, Values]:
     names = [name for name in runs if name.startswith(f"{library}/") and name.partition("/")[2] not in APART]
     return {
         name.partition("/")[2]: {
-            f"{suite}.{task}": rows
-            for suite in SUITES
-            for task, rows in (over_seeds({0: runs[name][0]}, suite) or {}).items()
+            f"{suite}.{task}": rows for suite in SUITES for task, rows in runs[name][0].get(suite, {}).items()
         }
         for name in names
         if 0 in runs[name]

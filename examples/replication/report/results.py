@@ -130,12 +130,12 @@ def clusters(runs: Runs, upstream: int, count: int) -> list[dict[str, Any]]:
         (count, ("mbc/oracle", "mbc/uniform-parameter")),
         (upstream, ("private/oracle", "private/uniform-parameter")),
     ):
-        told, uniform = ({0: runs[way][0]} if 0 in runs.get(way, {}) else {} for way in ways)
+        told, uniform = (runs.get(way, {}).get(0) for way in ways)
         if told and uniform:
             values = {
-                "told": over_seeds(told, "upstream"),
-                "uniform": over_seeds(uniform, "upstream"),
-                "held_out": over_seeds(uniform, "sni"),
+                "told": told.get("upstream"),
+                "uniform": uniform.get("upstream"),
+                "held_out": uniform.get("sni"),
             }
             found.append({"clusters": number, **{name: estimate(one) for name, one in values.items() if one}})
     return found
