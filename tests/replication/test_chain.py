@@ -129,3 +129,17 @@ def test_a_library_in_no_wave_is_named(ground, monkeypatch, tmp_path):
     words = ["--config", tmp_path / "config.yaml", "--data", ground / "data", "--output", tmp_path / "none"]
     with pytest.raises(ValueError, match="pairs needs the library private-0"):
         call(monkeypatch, *words, "--list")
+
+
+def test_libraries_without_own_experts_have_no_oracle(ground, monkeypatch, capsys):
+    """In random examples every expert saw rows of every task: none is a task's own, and no routing is right."""
+    from steps.ways import methods_of
+
+    named = [way if isinstance(way, str) else way["name"] for way in methods_of("core", "random_examples-0")]
+    assert "arrow" in named and "oracle" not in named and "oracle" in methods_of("core", "mbc-0")
+    words = ["--config", FOLDER / "smoke.yaml", "--data", ground / "data", "--output", ground / "none"]
+    with pytest.raises(SystemExit):
+        call(monkeypatch, *words, "--list")
+    names = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert {"judge-random_examples-0-core-0", "similarity-random_examples-0", "routing-mbc-1"} <= set(names)
+    assert not {"routing-random_examples-0", "routing-shared-0"} & set(names)

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from .tables import NAMES  # noqa: E402
 
 
-COLOURS = {"private": "#1f77b4", "mbc": "#d95f02", "random": "#7570b3"}
+COLOURS = {"private": "#1f77b4", "mbc": "#d95f02", "random": "#7570b3", "random_examples": "#1b9e77"}
 GREY = "#555555"
 
 

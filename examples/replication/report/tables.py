@@ -32,7 +32,14 @@ NAMES = {
     "random/arrow": "Random tasks, Arrow, output space",
     "random/random": "Random tasks, random routing",
     "random/oracle": "Random tasks, oracle",
+    "random_examples/uniform-parameter": "Random examples, uniform",
+    "random_examples/arrow-parameter": "Random examples, Arrow",
+    "random_examples/uniform": "Random examples, uniform, output space",
+    "random_examples/arrow": "Random examples, Arrow, output space",
+    "random_examples/random": "Random examples, random routing",
 }
+# Of the random libraries, the ways that the paper's Table 1 has of others.
+BESIDE = tuple(f"{kind}/{way}-parameter" for kind in ("random", "random_examples") for way in ("uniform", "arrow"))
 WAYS = {
     "base": "Base (zero-shot)",
     "scratch": "No library: from scratch",
@@ -92,7 +99,8 @@ def summary(results: dict) -> str:
         for kind, name in (
             ("private", "44 private experts"),
             ("mbc", "11 MBC experts"),
-            ("random", "11 random groups"),
+            ("random", "11 random groups of tasks"),
+            ("random_examples", "11 random shares of the rows"),
         ):
             cells = [results["methods"].get(f"{kind}/{way}", {}).get(suite) for way in columns]
             if any(cells):
@@ -104,9 +112,9 @@ def summary(results: dict) -> str:
 def zero_shot(results: dict) -> str:
     """Accuracy on the eight benchmarks in the layout of the paper's Table 1, ours above the paper's."""
     rows = []
-    for name in paper.ZERO_SHOT["Phi-2"] | {"random/uniform-parameter": 0, "random/arrow-parameter": 0}:
+    for name in NAMES:
         told = results["methods"].get(name, {}).get("benchmarks")
-        if not told:
+        if not told or name not in (*paper.ZERO_SHOT["Phi-2"], *BESIDE):
             continue
         cells = [f"{100 * told['by_task'].get(task, float('nan')):.1f}" for task in paper.BENCHMARKS]
         seeds = f"{results['methods'][name]['seeds']} / {told['items']}"

@@ -7,7 +7,7 @@ from typing import Any
 from peft_arrow import AdapterLibrary, Task, evaluate_library, merge_adapters
 
 from .setting import Setting
-from .ways import NEED_DATA, methods_of
+from .ways import NEED_DATA, has_own, methods_of
 
 
 def judge(setting: Setting, library: str, group: str, number: int) -> None:
@@ -17,7 +17,7 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
     rows = setting.suites.round(number, options["rows"])
     tasks = [Task(f"{setting.suites.suite_of(task)}.{task}", part) for task, part in rows.items()]
     groups = setting.groups(library)
-    own = {task: expert for expert, members in groups.items() for task in members}
+    own = {task: expert for expert, members in groups.items() for task in members} if has_own(library) else {}
     experts = setting.library(library)
     found = evaluate_library(
         model,
@@ -26,7 +26,7 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
         methods=methods_of(group, library),
         output_dir=setting.root / "judged" / f"{library}-{group}-{number}",
         tokenizer=tokenizer,
-        oracle={task.name: own[name] for task, name in zip(tasks, rows) if name in own} if len(groups) > 1 else None,
+        oracle={task.name: own[name] for task, name in zip(tasks, rows) if name in own} or None,
         fit_data=fit_rows(setting, groups) if group in NEED_DATA else None,
         controls=False,
         generate=False,

@@ -15,6 +15,7 @@ from . import adapting, analyses
 from .judge import judge
 from .setting import Setting
 from .train import train
+from .ways import has_own
 
 
 WAIT = 2.0  # seconds between looks at what others are doing
@@ -48,7 +49,7 @@ def list_pieces(setting: Setting) -> list[Piece]:
         pieces += [
             Piece(f"similarity-{name}", partial(analyses.similarity, library=name), _after(name)) for name in wave
         ]
-        routed = [name for name in wave if not name.startswith("shared")]
+        routed = [name for name in wave if has_own(name)]
         pieces += [Piece(f"routing-{name}", partial(analyses.routing, library=name), _after(name)) for name in routed]
     pieces += [Piece("pairs", analyses.list_pairs, _after("private-0"))]
     pieces += [
@@ -99,9 +100,9 @@ def _adapting(setting: Setting, shares: list[float], libraries: list[str]) -> li
     is_first, is_less = libraries[0] == config["waves"][0][0], shares == list(options["shares"])[:1]
     pieces = [Piece("adapt-base", adapting.base_losses)] if is_first and is_less else []
     for share in shares:
+        chosen = options["shares"][share].get("methods", options["methods"])
         for seed in options["seeds"]:
             for way, (_, library) in options["methods"].items():
-                chosen = options["shares"][share].get("methods", options["methods"])
                 if way not in chosen or (library or config["waves"][0][0]) not in libraries:
                     continue
                 pieces += [

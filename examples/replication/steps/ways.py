@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .setting import kind_and_seed
+
 
 CORE = {
     "uniform": "uniform",
@@ -47,6 +49,8 @@ GROUPS: dict[str, dict[str, Any]] = {
     "canonical": CANONICAL,
 }
 NEED_DATA = ("routers", "phatgoose")
+# Kinds of library of which no expert is a task's own: there is no oracle, and no routing that is right.
+WITHOUT_OWN = ("shared", "random_examples")
 
 
 def methods_of(group: str, library: str) -> list[Any]:
@@ -56,8 +60,16 @@ def methods_of(group: str, library: str) -> list[Any]:
     """
     if group == "core" and library.startswith("shared"):
         return [{"experts": "shared", "name": "shared"}]
+    ways = dict(GROUPS[group])
+    if not has_own(library):
+        ways.pop("oracle", None)
     first = ["base"] if group == "core" and library == "private-0" else []
-    return first + [{**way, "name": name} if isinstance(way, dict) else way for name, way in GROUPS[group].items()]
+    return first + [{**way, "name": name} if isinstance(way, dict) else way for name, way in ways.items()]
+
+
+def has_own(library: str) -> bool:
+    """Whether each task has an expert of its own in a library such as `mbc-0`."""
+    return kind_and_seed(library)[0] not in WITHOUT_OWN
 
 
 def shown(method: str) -> str:
