@@ -2,6 +2,7 @@
 
     python examples/replication/replicate.py --data DATA --output replication      # hours; the same command goes on
     python examples/replication/replicate.py --data DATA --output replication --minutes 30
+    python examples/replication/replicate.py --data DATA --output replication --seed 1     # all of it once more
     python examples/replication/replicate.py --data DATA --output replication --report     # tables of what is there
     python examples/replication/replicate.py --smoke                               # four made-up tasks, minutes
 
@@ -39,6 +40,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml", help="(default: %(default)s)")
     parser.add_argument("--data", type=Path, help="folder of train_suite, heldout_sni, heldout_benchmarks; or hub")
     parser.add_argument("--output", type=Path, help="folder of libraries and results; it may exist already")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is trained (default: 0)")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each if several (default: 1)")
     parser.add_argument("--minutes", type=float, help="begin no piece after so many minutes")
     parser.add_argument("--only", nargs="+", help="pieces whose name begins with one of these, where * is anything")
@@ -56,7 +58,7 @@ def main() -> None:
         return smoke(arguments)
     if arguments.output is None or arguments.data is None:
         raise SystemExit("--output and --data are needed; see --help.")
-    setting = read_setting(arguments.config, arguments.output, arguments.data)
+    setting = read_setting(arguments.config, arguments.output, arguments.data, arguments.seed)
     if str(arguments.data) == "hub":
         setting = replace(setting, data=fetch(arguments.output / "data", setting.base[1]))
     if not arguments.report:
@@ -64,7 +66,7 @@ def main() -> None:
     write_report(setting)
     print(f"The tables are in {setting.root / 'report.md'}, the pictures in {setting.root / 'figures'}.")
     if arguments.docs is not None:
-        write_docs(setting.root / "results.json", arguments.docs)
+        write_docs(setting, arguments.docs)
 
 
 def smoke(arguments: argparse.Namespace) -> None:
@@ -72,7 +74,7 @@ def smoke(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = arguments.output or Path(temporary) / "replication"
         data = arguments.data or write_made_up(Path(temporary) / "data")
-        setting = read_setting(HERE / "smoke.yaml", root, data)
+        setting = read_setting(HERE / "smoke.yaml", root, data, arguments.seed)
         run(setting, arguments)
         print(write_report(setting))
 

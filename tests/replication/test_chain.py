@@ -29,8 +29,8 @@ def ground(tmp_path_factory) -> Path:
     pico_tokenizer().save_pretrained(folder / "base")
     config = yaml.safe_load((FOLDER / "smoke.yaml").read_text())
     # `make replication-smoke` runs all of it; here one of each kind of piece is enough.
-    config |= {"base": str(folder / "base"), "dtype": "float32", "waves": [["private-0", "mbc-0"]]}
-    config["judging"]["groups"] = {"core": ["private-0", "mbc-0"]}
+    config |= {"base": str(folder / "base"), "dtype": "float32", "waves": [["private", "mbc"]]}
+    config["judging"]["groups"] = {"core": ["private", "mbc"]}
     kept = ("scratch", "mbc-poly", "mbc-lorahub")
     config["adapting"]["methods"] = {way: config["adapting"]["methods"][way] for way in kept}
     config["analyses"]["pairs"] = 1
@@ -59,7 +59,7 @@ def start(ground: Path, output: str, *more: str) -> subprocess.Popen:
 def finish(ground: Path, output: str, process: subprocess.Popen) -> dict:
     """The results of a run, without what it took."""
     assert process.wait(timeout=540) == 0, (ground / f"{output}.log").read_text()[-3000:]
-    results = json.loads((ground / output / "results.json").read_text())
+    results = json.loads((ground / output / "results-0.json").read_text())
     return {key: value for key, value in results.items() if key not in ("costs", "large")}
 
 
@@ -124,10 +124,10 @@ def test_bad_arguments(monkeypatch, tmp_path):
 def test_a_library_in_no_wave_is_named(ground, monkeypatch, tmp_path):
     """Pairs are compared with private experts."""
     config = yaml.safe_load((ground / "config.yaml").read_text())
-    config["waves"] = [["mbc-0"]]
+    config["waves"] = [["mbc"]]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", tmp_path / "config.yaml", "--data", ground / "data", "--output", tmp_path / "none"]
-    with pytest.raises(ValueError, match="pairs needs the library private-0"):
+    with pytest.raises(ValueError, match="pairs-0 needs the library private-0"):
         call(monkeypatch, *words, "--list")
 
 
@@ -141,5 +141,18 @@ def test_libraries_without_own_experts_have_no_oracle(ground, monkeypatch, capsy
     with pytest.raises(SystemExit):
         call(monkeypatch, *words, "--list")
     names = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
-    assert {"judge-random_examples-0-core-0", "similarity-random_examples-0", "routing-mbc-1"} <= set(names)
+    assert {"judge-random_examples-0-core-0", "similarity-random_examples-0", "routing-mbc-0"} <= set(names)
     assert not {"routing-random_examples-0", "routing-shared-0"} & set(names)
+
+
+def test_another_seed_is_all_of_it_once_more(ground, monkeypatch, capsys):
+    """Only the base is what it was."""
+    names = []
+    for seed in (0, 3):
+        words = ["--config", FOLDER / "config.yaml", "--data", ground / "data", "--output", ground / "none"]
+        with pytest.raises(SystemExit):
+            call(monkeypatch, *words, "--list", "--seed", seed)
+        names.append([line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()])
+    first, other = map(set, names)
+    assert len(names[0]) == len(names[1]) > 50 and first & other == {"adapt-base"}
+    assert {"train-mbc-3", "judge-shared-3-core-0", "pair-3-0", "adapt-scratch-doubled-1.0-3"} <= other

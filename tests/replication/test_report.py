@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +73,7 @@ def judged(**losses):
     noise = rows(rng, 12, 10, spread=0.05)
     return {
         name.replace("__", "/").replace("_", "-"): {
-            0: {"sni": {task: [mean + value for value in part] for task, part in noise.items()}}
+            "sni": {task: [mean + value for value in part] for task, part in noise.items()}
         }
         for name, mean in losses.items()
     }
@@ -95,8 +94,8 @@ def test_claims_hold_are_reversed_or_open_as_planted():
     gain = next(told["gain"] for told in found if told["claim"] == "base < private-uniform" and told["suite"] == "sni")
     assert gain["mean"] == pytest.approx(1.0, abs=1e-6)
     rng = np.random.default_rng(4)
-    runs["private/uniform-parameter"][0]["sni"] = rows(rng, 12, 10, mean=3.0)
-    runs["base"][0]["sni"] = rows(rng, 12, 10, mean=3.0)
+    runs["private/uniform-parameter"]["sni"] = rows(rng, 12, 10, mean=3.0)
+    runs["base"]["sni"] = rows(rng, 12, 10, mean=3.0)
     assert verdict(judge_claims(runs, {}, {}), "base < private-uniform") == "open"
 
 
@@ -117,7 +116,7 @@ def test_winner_is_chosen_and_reported_on_other_tasks():
     choosing, reporting = split_tasks(tasks)
     assert sorted(choosing + reporting) == sorted(tasks) and not set(choosing) & set(reporting)
     runs = judged(mbc__arrow=2.0, mbc__norm=1.9, mbc__lag=2.0, mbc__oracle=0.1)
-    lag = runs["mbc/lag"][0]["sni"]
+    lag = runs["mbc/lag"]["sni"]
     for task in lag:
         shift = -0.5 if f"sni.{task}" in choosing else 0.3
         lag[task] = [value + shift for value in lag[task]]
@@ -146,15 +145,13 @@ def test_winner_over_two_libraries_is_judged_by_their_mean():
     assert rows.keys() == planted.keys() and rows["norm"]["reporting_gain"]["mean"] == pytest.approx(0.2, abs=1e-6)
 
 
-def test_clusters_are_those_of_known_libraries_on_one_seed():
-    """The second seed of the private library has no say: the shared one has none."""
+def test_clusters_are_those_of_known_libraries():
     from report.results import clusters
 
     def run(own, held_out):
-        return {0: {"upstream": {"a": [own, own], "b": [own + 1]}, "sni": {"c": [held_out]}}}
+        return {"upstream": {"a": [own, own], "b": [own + 1]}, "sni": {"c": [held_out]}}
 
     runs = {"shared": run(2.0, 3.0), "private/oracle": run(1.0, 0.0), "private/uniform-parameter": run(4.0, 5.0)}
-    runs["private/oracle"][1] = {"upstream": {"a": [9.0, 9.0], "b": [9.0]}}
     few, many = clusters(runs, upstream=44, count=11)
     means = [[one["clusters"], *(one[key]["mean"] for key in ("told", "uniform", "held_out"))] for one in (few, many)]
     assert means == [[1, 2.5, 2.5, 3.0], [44, 1.5, 4.5, 5.0]]
@@ -169,12 +166,56 @@ def test_cost_of_a_larger_model_is_arithmetic():
     assert row["large_hours"] == pytest.approx(4 * 7.24e9 * 256_000 / (0.4 * 312e12) / 3600)
 
 
-def test_docs_page_says_what_its_results_file_says():
-    """Nobody types a number: the page's tables are those that the script makes of the file beside it."""
-    from report.page import BLOCKS, MARK, fill, pages
+def planted(**losses):
+    """Results of one seed, as a file has them."""
+    from report.claims import judge_claims
+    from report.results import beyond, methods
 
-    results = json.loads((DOCS / "results" / "replication.json").read_text(encoding="utf-8"))
+    runs = judged(**losses)
+    return {
+        "methods": methods(runs, {f"task{place}": "near" if place < 6 else "far" for place in range(12)}),
+        "claims": judge_claims(runs, {}, {}),
+        "beyond": {"mbc": beyond(runs, "mbc")} if "mbc__lag" in losses else {},
+    }
+
+
+def test_each_seed_has_its_verdict():
+    """What holds with one seed and is reversed with the other is not averaged away."""
+    from report.tables import claims, held_out
+
+    seeds = {
+        0: planted(base=3.0, private__uniform_parameter=2.0),
+        7: planted(base=2.0, private__uniform_parameter=3.0),
+    }
+    (row,) = [line for line in claims(seeds).splitlines() if line.startswith("| base < private-uniform | 12 held-out")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[2] == "✓" and cells[3].startswith("1.000 [") and cells[4] == "✗" and cells[5].startswith("-1.000 [")
+    assert cells[6] == "12 / 120", "the items are the same with both seeds"
+    (row,) = [line for line in held_out(seeds).splitlines() if line.startswith("| Private, uniform |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1].startswith("1.9") or cells[1].startswith("2.0")
+    assert cells[2].startswith("3.0") or cells[2].startswith("2.9")
+
+
+def test_other_seeds_report_and_do_not_choose():
+    from report.analyses import beyond
+
+    seeds = {
+        0: planted(mbc__arrow=2.0, mbc__norm=1.9, mbc__lag=2.0),
+        1: planted(mbc__arrow=2.0, mbc__norm=2.2, mbc__lag=1.0),
+    }
+    lines = beyond(seeds, "mbc").splitlines()
+    assert "**norm**" in lines[2] and "-0.200 [" in lines[2] and "0.100 [" in lines[2]
+    assert "**" not in "".join(lines[3:])
+
+
+def test_docs_page_says_what_its_results_files_say():
+    """Nobody types a number: the page's tables are those that the script makes of the files beside it."""
+    from report.page import BLOCKS, MARK, STEM, fill, pages, read_seeds
+
+    seeds = read_seeds(DOCS / "results", STEM)
+    assert min(seeds) == 0
     for path in pages(DOCS):
         page = path.read_text(encoding="utf-8")
-        assert fill(page, results) == page
+        assert fill(page, seeds) == page
     assert len(MARK.findall((DOCS / "replication.md").read_text(encoding="utf-8"))) > len(BLOCKS) - 3

@@ -8,10 +8,10 @@ from typing import Any
 from peft_arrow.routers import ROUTERS
 
 from .collect import Runs
-from .numbers import Values, estimate, gaps, mean_of_seeds
+from .numbers import Values, estimate, gaps, mean_of
 
 
-SEED = 0
+SEED = 0  # of the split, whatever the seed of the libraries
 PLAIN = "arrow"
 # Not to be chosen: they are told the task, or are controls.
 APART = ("oracle", "random")
@@ -28,14 +28,14 @@ def split_tasks(tasks: list[str]) -> tuple[list[str], list[str]]:
 def beyond(runs: Runs, *libraries: str) -> dict[str, Any] | None:
     """The winner of one library or of several, with its margin over plain Arrow on tasks that did not choose it.
 
-    Every task has the same weight; the loss is in nats a token, with several libraries each row's mean over them. Seed
-    0 alone, because all candidates have it. The best of those that need no data is told too.
+    Every task has the same weight; the loss is in nats a token, with several libraries each row's mean over them. The
+    best of those that need no data is told too.
     """
     by_library = [_losses(runs, library) for library in libraries]
     names = [name for name in by_library[0] if all(name in losses for losses in by_library)]
     if len(names) < 3 or PLAIN not in names:
         return None
-    losses = {name: mean_of_seeds([one[name] for one in by_library]) for name in names}
+    losses = {name: mean_of([one[name] for one in by_library]) for name in names}
     choosing, reporting = split_tasks(list(losses[PLAIN]))
     held_out = [task for task in reporting if task.startswith("sni.")]
     rows = []
@@ -57,12 +57,11 @@ def beyond(runs: Runs, *libraries: str) -> dict[str, Any] | None:
 
 
 def _losses(runs: Runs, library: str) -> dict[str, Values]:
-    """Candidate -> task -> losses, of the first seed."""
+    """Candidate -> task -> losses."""
     names = [name for name in runs if name.startswith(f"{library}/") and name.partition("/")[2] not in APART]
     return {
         name.partition("/")[2]: {
-            f"{suite}.{task}": rows for suite in SUITES for task, rows in runs[name][0].get(suite, {}).items()
+            f"{suite}.{task}": rows for suite in SUITES for task, rows in runs[name].get(suite, {}).items()
         }
         for name in names
-        if 0 in runs[name]
     }

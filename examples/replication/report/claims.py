@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .collect import Runs, over_seeds
+from .collect import Runs
 from .numbers import Values, estimate, gaps
 
 
@@ -70,8 +70,7 @@ def judge_claims(runs: Runs, adapted: dict[str, dict[str, Values]], base: Values
             found.append({**told, "verdict": ABSENT})
             continue
         gain = _gain(better, worse, claim.suite)
-        seeds = min((len(runs[name]) for name in (claim.worse, claim.better) if name in runs), default=1)
-        told |= {"gain": gain, "seeds": seeds, "verdict": HELD if gain["low"] > 0 else OPEN}
+        told |= {"gain": gain, "verdict": HELD if gain["low"] > 0 else OPEN}
         if gain["high"] < 0:
             told["verdict"] = REVERSED
         if claim.is_near:
@@ -86,7 +85,7 @@ def judge_claims(runs: Runs, adapted: dict[str, dict[str, Values]], base: Values
 def _values(name: str, suite: str, runs: Runs, adapted: dict, base: Values) -> Values | None:
     if suite.startswith("adapted:"):
         return base if name == "base" else adapted.get(name, {}).get(suite.partition(":")[2])
-    return over_seeds(runs[name], suite) if name in runs else None
+    return runs.get(name, {}).get(suite)
 
 
 def _gain(better: Values, worse: Values, suite: str) -> dict[str, float]:

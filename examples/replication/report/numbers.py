@@ -40,7 +40,7 @@ def gaps(ours: Values, other: Values) -> dict[str, list[float]]:
     return {task: [a - b for a, b in zip(ours[task], other[task])] for task in ours if task in other}
 
 
-def mean_of_seeds(runs: Sequence[Values]) -> dict[str, list[float]]:
+def mean_of(runs: Sequence[Values]) -> dict[str, list[float]]:
     """Each row's mean over the runs; rows that a run lacks are left out."""
     shared = [task for task in runs[0] if all(task in run for run in runs)]
     return {task: [float(np.mean(row)) for row in zip(*(run[task] for run in runs))] for task in shared}

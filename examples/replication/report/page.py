@@ -4,52 +4,61 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from steps.setting import Setting
 
-from . import tables
+from . import analyses, tables
 from .figures import draw
 from .results import make_results
+from .tables import Seeds
 
 
-BLOCKS: dict[str, Callable[[dict], str]] = {
+BLOCKS: dict[str, Callable[[Seeds], str]] = {
     "summary": tables.summary,
     "claims": tables.claims,
     "zero_shot": tables.zero_shot,
     "held_out": tables.held_out,
     "upstream": tables.upstream,
     "supervised": tables.supervised,
-    "beyond_private": lambda results: tables.beyond(results, "private"),
-    "beyond_mbc": lambda results: tables.beyond(results, "mbc"),
-    "beyond_both": lambda results: tables.beyond(results, "private-mbc"),
-    "partition": tables.partition,
-    "similarity": tables.similarity,
-    "transfer": tables.transfer,
-    "clusters": tables.clusters,
-    "routing": tables.routing,
-    "errors_private": lambda results: tables.routing_errors(results, "private-0"),
-    "costs": tables.costs,
-    "large": tables.large,
+    "beyond_private": lambda seeds: analyses.beyond(seeds, "private"),
+    "beyond_mbc": lambda seeds: analyses.beyond(seeds, "mbc"),
+    "beyond_both": lambda seeds: analyses.beyond(seeds, "private-mbc"),
+    "partition": analyses.partition,
+    "similarity": analyses.similarity,
+    "transfer": analyses.transfer,
+    "clusters": analyses.clusters,
+    "routing": analyses.routing,
+    "errors_private": lambda seeds: analyses.routing_errors(seeds, "private"),
+    "costs": analyses.costs,
+    "large": analyses.large,
 }
 MARK = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+STEM = "replication-"
 
 
 def write_report(setting: Setting) -> str:
-    """Write `results.json`, `report.md` and `figures/` into the folder; returns the page."""
-    results = make_results(setting)
-    setting.write("results.json", results)
-    draw(results, setting.root / "figures")
-    page = "\n\n".join(["# Replication", *(f"## {name}\n\n{block(results)}" for name, block in BLOCKS.items())]) + "\n"
+    """Write `results-<seed>.json`, and of all seeds in the folder `report.md` and `figures/`; returns the page."""
+    setting.write(f"results-{setting.seed}.json", make_results(setting))
+    seeds = read_seeds(setting.root, "results-")
+    draw(seeds, setting.root / "figures")
+    page = "\n\n".join(["# Replication", *(f"## {name}\n\n{block(seeds)}" for name, block in BLOCKS.items())]) + "\n"
     (setting.root / "report.md").write_text(page, encoding="utf-8")
     return page
 
 
-def fill(page: str, results: dict[str, Any]) -> str:
+def read_seeds(folder: Path, stem: str) -> dict[int, Any]:
+    """Seed -> results, of the files `<stem><seed>.json` of a folder; they may have been made on several machines."""
+    paths = {int(path.stem.removeprefix(stem)): path for path in folder.glob(f"{stem}*.json")}
+    return {seed: json.loads(paths[seed].read_text(encoding="utf-8")) for seed in sorted(paths)}
+
+
+def fill(page: str, seeds: Seeds) -> str:
     """The page with every block between marks made anew from the results."""
-    return MARK.sub(lambda found: f"<!-- begin {found[1]} -->\n{BLOCKS[found[1]](results)}\n<!-- end -->", page)
+    return MARK.sub(lambda found: f"<!-- begin {found[1]} -->\n{BLOCKS[found[1]](seeds)}\n<!-- end -->", page)
 
 
 def pages(docs: Path) -> list[Path]:
@@ -57,12 +66,16 @@ def pages(docs: Path) -> list[Path]:
     return [docs / "replication.md", docs.parent / "README.md"]
 
 
-def write_docs(results: Path, docs: Path) -> None:
-    """Copy a results file into the docs, fill the page's tables from it, and draw its pictures."""
-    content = json.loads(results.read_text(encoding="utf-8"))
-    kept = docs / "results" / "replication.json"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_docs(setting: Setting, docs: Path) -> None:
+    """Copy a seed's results into the docs, fill the pages' tables from all that are there, and draw their pictures."""
+    (docs / "results").mkdir(exist_ok=True)
+    shutil.copyfile(setting.root / f"results-{setting.seed}.json", docs / "results" / f"{STEM}{setting.seed}.json")
+    refresh(docs)
+
+
+def refresh(docs: Path) -> None:
+    """Fill the pages' tables from the results files of the docs, and draw their pictures."""
+    seeds = read_seeds(docs / "results", STEM)
     for page in pages(docs):
-        page.write_text(fill(page.read_text(encoding="utf-8"), content), encoding="utf-8")
-    draw(content, docs / "images", "replication_")
+        page.write_text(fill(page.read_text(encoding="utf-8"), seeds), encoding="utf-8")
+    draw(seeds, docs / "images", "replication_")

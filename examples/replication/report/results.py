@@ -1,4 +1,4 @@
-"""The results of a replication as one small file: what is in the tables, claims and figures, and nothing else."""
+"""The results of one seed as one small file: what is in the tables, claims and figures, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from steps.setting import Setting
 
 from .beyond import beyond
 from .claims import judge_claims
-from .collect import Runs, over_seeds, read_adapted, read_base, read_costs, read_each, read_judged
+from .collect import Runs, read_adapted, read_base, read_costs, read_each, read_judged
 from .costs import scale
 from .numbers import correlation, estimate
 
 
 BEYOND = (("private",), ("mbc",), ("private", "mbc"))
-SUITES = ("upstream", "sni", "benchmarks", "answers")
 
 
 def make_results(setting: Setting) -> dict[str, Any]:
-    """Everything that can be told from what is in the folder."""
-    root = setting.root
-    runs, base = read_judged(root), read_base(root)
-    adapted = whole(read_adapted(root), len(setting.suites.judged["sni"]))
+    """Everything that can be told of the setting's seed from what is in the folder."""
+    root, seed, category = setting.root, setting.seed, setting.suites.category
+    runs, base = read_judged(root, seed), read_base(root)
+    adapted = whole(read_adapted(root, seed), len(setting.suites.judged["sni"]))
     costs = read_costs(setting)
     return {
         "config": setting.config,
-        "categories": setting.suites.category,
-        "methods": methods(runs, setting.suites.category),
+        "categories": category,
+        "methods": methods(runs, category),
         "supervised": supervised(adapted, base),
         "claims": judge_claims(runs, adapted, base),
         "beyond": {"-".join(kinds): found for kinds in BEYOND if (found := beyond(runs, *kinds))},
-        "similarity": similarities(read_each(root, "similarity")),
-        "transfer": transfer(read_each(root, "transfer")),
+        "similarity": similarities(read_each(root, "similarity", seed)),
+        "transfer": transfer(read_each(root, "transfer", seed)),
         "clusters": clusters(runs, len(setting.suites.upstream), setting.config["clusters"]),
-        "routing": routing(read_each(root, "routing"), setting.suites.category),
+        "routing": routing(read_each(root, "routing", seed), category),
         "partitions": partitions(setting),
         "costs": costs,
         "large": scale(costs),
@@ -53,22 +52,14 @@ def whole(adapted: dict, tasks: int) -> dict:
 
 
 def methods(runs: Runs, category: dict[str, str]) -> dict[str, Any]:
-    """Method -> suite -> estimate, mean of each task, number of seeds; held-out tasks also near and far."""
+    """Method -> suite -> estimate, and the mean of each task; held-out tasks also near and far."""
     found: dict[str, Any] = {}
-    for name, by_seed in runs.items():
-        told: dict[str, Any] = {"seeds": len(by_seed)}
-        for suite in SUITES:
-            values = over_seeds(by_seed, suite)
-            if not values:
-                continue
+    for name, suites in runs.items():
+        told: dict[str, Any] = {}
+        for suite, values in suites.items():
             told[suite] = {**estimate(values), "by_task": {task: _mean(rows) for task, rows in values.items()}}
-            told[suite]["by_seed"] = [estimate(run[suite])["mean"] for run in by_seed.values() if suite in run]
         for side in ("near", "far"):
-            part = {
-                task: rows
-                for task, rows in (over_seeds(by_seed, "sni") or {}).items()
-                if category[task].startswith(side)
-            }
+            part = {task: rows for task, rows in suites.get("sni", {}).items() if category[task].startswith(side)}
             if part:
                 told[side] = estimate(part)
         found[name] = told
@@ -122,7 +113,7 @@ def clusters(runs: Runs, upstream: int, count: int) -> list[dict[str, Any]]:
     """By number of clusters: one is the shared library, one a task the private one; neither needs clustering.
 
     `told` and `uniform` are the training tasks' losses with their own expert and with the mean of all, `held_out`
-    those of the held-out tasks with the mean of all. Seed 0, for one seed is all that `shared` has.
+    those of the held-out tasks with the mean of all.
     """
     found = []
     for number, ways in (
@@ -130,7 +121,7 @@ def clusters(runs: Runs, upstream: int, count: int) -> list[dict[str, Any]]:
         (count, ("mbc/oracle", "mbc/uniform-parameter")),
         (upstream, ("private/oracle", "private/uniform-parameter")),
     ):
-        told, uniform = (runs.get(way, {}).get(0) for way in ways)
+        told, uniform = (runs.get(way) for way in ways)
         if told and uniform:
             values = {
                 "told": told.get("upstream"),
@@ -144,7 +135,7 @@ def clusters(runs: Runs, upstream: int, count: int) -> list[dict[str, Any]]:
 def partitions(setting: Setting) -> dict[str, Any]:
     """Library of clusters -> its groups, and how far they are the tasks' categories (adjusted Rand index)."""
     found, category = {}, setting.suites.category
-    for folder in sorted((setting.root / "libraries").glob("mbc-*[0-9]")):
+    for folder in sorted((setting.root / "libraries").glob(f"mbc-{setting.seed}")):
         groups = setting.groups(folder.name)
         pairs = [(expert, category[task]) for expert, tasks in groups.items() for task in tasks]
         index = adjusted_rand_score([pair[1] for pair in pairs], [pair[0] for pair in pairs])

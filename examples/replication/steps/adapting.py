@@ -14,10 +14,10 @@ from peft_arrow.evaluation.scoring import score_options
 from .setting import Setting
 
 
-def adapt_one(setting: Setting, way: str, task: str, share: float, seed: int) -> None:
+def adapt_one(setting: Setting, way: str, task: str, share: float) -> None:
     """Adapt to one task and keep the loss of each eval row."""
     model, tokenizer = setting.base
-    options, library = setting.config["adapting"], None
+    options, library, seed = setting.config["adapting"], None, setting.seed
     method, source = options["methods"][way]
     if source is not None:
         library = setting.library(source)

@@ -81,8 +81,9 @@ def list_pairs(setting: Setting) -> None:
     As in the paper's Figure 2, which has one pair of each of 50 bins: most pairs are hardly alike, and drawn by chance
     they tell nothing about the others.
     """
-    similarity(setting, "private-0")
-    found = json.loads((setting.root / "similarity/private-0.json").read_text())
+    private = f"private-{setting.seed}"
+    similarity(setting, private)
+    found = json.loads((setting.root / f"similarity/{private}.json").read_text())
     pairs = [
         (found["delta"][one][other], found["factors"][one][other], found["names"][one], found["names"][other])
         for one, other in itertools.combinations(range(len(found["names"])), 2)
@@ -92,37 +93,41 @@ def list_pairs(setting: Setting) -> None:
     for wanted in np.linspace(min(pairs)[0], max(pairs)[0], count):
         chosen.append(min(pairs, key=lambda pair: abs(pair[0] - wanted)))
         pairs.remove(chosen[-1])
-    setting.write("pairs.json", [dict(zip(("delta", "factors", "one", "other"), pair)) for pair in chosen])
+    setting.write(_list_of(setting), [dict(zip(("delta", "factors", "one", "other"), pair)) for pair in chosen])
 
 
 def pair(setting: Setting, number: int) -> None:
     """Train one LoRA on both tasks of a pair, and compare it with their private ones on their eval rows."""
     model, tokenizer = setting.base
-    told = json.loads((setting.root / "pairs.json").read_text())[number]
+    told, seed = json.loads((setting.root / _list_of(setting)).read_text())[number], setting.seed
     tasks, training = (told["one"], told["other"]), setting.config["training"]
     rows = [
         {key: row[key] for key in ("instruction", "input", "output")}
         for task in tasks
         for row in setting.suites.train[task]
     ]
-    folder = setting.root / "pairs" / f"{number}-{'-'.join(tasks)}"
+    folder = setting.root / "pairs" / f"{seed}-{number}-{'-'.join(tasks)}"
     train_adapter(
         model,
         rows,
         output_dir=folder,
         steps=2 * training["steps"],
         tokenizer=tokenizer,
-        init_seed=0,
-        sft_config=setting.sft(0),
+        init_seed=seed,
+        sft_config=setting.sft(seed),
         lora_config=setting.lora(),
         progress=False,
     )
-    private = setting.library_folder("private-0") / "experts"
+    private = setting.library_folder(f"private-{seed}") / "experts"
     losses = {
         "joint": {task: _eval_losses(setting, folder, task) for task in tasks},
         "private": {task: _eval_losses(setting, private / task, task) for task in tasks},
     }
-    setting.write(f"transfer/{number}.json", {**told, "losses": losses})
+    setting.write(f"transfer/{number}-{seed}.json", {**told, "losses": losses})
+
+
+def _list_of(setting: Setting) -> str:
+    return f"pairs-{setting.seed}.json"
 
 
 def _eval_losses(setting: Setting, folder: Any, task: str) -> list[float]:

@@ -51,9 +51,10 @@ def list_pieces(setting: Setting) -> list[Piece]:
         ]
         routed = [name for name in wave if has_own(name)]
         pieces += [Piece(f"routing-{name}", partial(analyses.routing, library=name), _after(name)) for name in routed]
-    pieces += [Piece("pairs", analyses.list_pairs, _after("private-0"))]
+    pairs = f"pairs-{setting.seed}"
+    pieces += [Piece(pairs, analyses.list_pairs, _after(f"private-{setting.seed}"))]
     pieces += [
-        Piece(f"pair-{number}", partial(analyses.pair, number=number), ("pairs",))
+        Piece(f"pair-{setting.seed}-{number}", partial(analyses.pair, number=number), (pairs,))
         for number in range(config["analyses"]["pairs"])
     ]
     pieces += _adapting(setting, shares[1:], known)
@@ -101,18 +102,17 @@ def _adapting(setting: Setting, shares: list[float], libraries: list[str]) -> li
     pieces = [Piece("adapt-base", adapting.base_losses)] if is_first and is_less else []
     for share in shares:
         chosen = options["shares"][share].get("methods", options["methods"])
-        for seed in options["seeds"]:
-            for way, (_, library) in options["methods"].items():
-                if way not in chosen or (library or config["waves"][0][0]) not in libraries:
-                    continue
-                pieces += [
-                    Piece(
-                        f"adapt-{way}-{task}-{share}-{seed}",
-                        partial(adapting.adapt_one, way=way, task=task, share=share, seed=seed),
-                        _after(library),
-                    )
-                    for task in setting.suites.judged["sni"]
-                ]
+        for way, (_, library) in options["methods"].items():
+            if way not in chosen or (library or config["waves"][0][0]) not in libraries:
+                continue
+            pieces += [
+                Piece(
+                    f"adapt-{way}-{task}-{share}-{setting.seed}",
+                    partial(adapting.adapt_one, way=way, task=task, share=share),
+                    _after(library),
+                )
+                for task in setting.suites.judged["sni"]
+            ]
     return pieces
 
 

@@ -26,11 +26,13 @@ class Setting:
         config (`dict`): as read from the YAML file.
         root (`Path`): the folder of all that is made.
         data (`Path`): the folder with `train_suite`, `heldout_sni` and `heldout_benchmarks`.
+        seed (`int`): of all libraries, of the adaptation and of the pairs.
     """
 
     config: dict[str, Any]
     root: Path
     data: Path
+    seed: int = 0
 
     @cached_property
     def suites(self) -> Suites:
@@ -94,9 +96,16 @@ class Setting:
         return path
 
 
-def read_setting(config: Path, root: Path, data: Path) -> Setting:
-    """The setting of a YAML file."""
-    return Setting(yaml.safe_load(config.read_text(encoding="utf-8")), root, data)
+def read_setting(config: Path, root: Path, data: Path, seed: int = 0) -> Setting:
+    """The setting of a YAML file, whose libraries are named by their kind: here they get the seed, as in `mbc-0`."""
+    read = yaml.safe_load(config.read_text(encoding="utf-8"))
+    judging, adapting = read["judging"], read["adapting"]
+    read["waves"] = [[f"{kind}-{seed}" for kind in wave] for wave in read["waves"]]
+    judging["groups"] = {group: [f"{kind}-{seed}" for kind in kinds] for group, kinds in judging["groups"].items()}
+    adapting["methods"] = {
+        way: [method, f"{kind}-{seed}" if kind else None] for way, (method, kind) in adapting["methods"].items()
+    }
+    return Setting(read, root, data, seed)
 
 
 def kind_and_seed(name: str) -> tuple[str, int]:

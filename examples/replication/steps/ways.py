@@ -56,14 +56,14 @@ WITHOUT_OWN = ("shared", "random_examples")
 def methods_of(group: str, library: str) -> list[Any]:
     """The methods of a group as `evaluate_library` takes them.
 
-    The shared library has one expert and no routing; the base alone is judged once, beside `private-0`.
+    The shared library has one expert and no routing; the base alone is judged beside the private library.
     """
     if group == "core" and library.startswith("shared"):
         return [{"experts": "shared", "name": "shared"}]
     ways = dict(GROUPS[group])
     if not has_own(library):
         ways.pop("oracle", None)
-    first = ["base"] if group == "core" and library == "private-0" else []
+    first = ["base"] if group == "core" and kind_and_seed(library)[0] == "private" else []
     return first + [{**way, "name": name} if isinstance(way, dict) else way for name, way in ways.items()]
 
 
