@@ -95,9 +95,9 @@ def per_seed(seeds: Seeds, shown: str) -> list[str]:
     return [f"{shown}, seed {seed}" for seed in seeds]
 
 
-def counts(estimates: Sequence[dict | None], *keys: str) -> str:
-    """Tasks and items of what was judged, which are the same with every seed, or of each."""
-    found = [" / ".join(str(told[key]) for key in keys) for told in estimates if told]
+def counts(estimates: Sequence[dict | None]) -> str:
+    """Tasks and items of what was judged; once, where they are the same with every seed."""
+    found = [f"{told['tasks']} / {told['items']}" for told in estimates if told]
     return "; ".join(dict.fromkeys(found)) or MISSING
 
 
@@ -109,16 +109,17 @@ def means(estimates: Sequence[dict | None]) -> str:
 
 def claims(seeds: Seeds) -> str:
     """Every claim of the paper with our verdicts."""
+    known = [{(told["claim"], told["suite"]): told for told in results["claims"]} for results in seeds.values()]
     rows = []
-    for parts in zip(*(results["claims"] for results in seeds.values())):
-        is_share = parts[0]["suite"] == "benchmarks"
-        cells = []
+    for claim, suite in known[0]:
+        is_share, cells = suite == "benchmarks", []
+        parts = [one.get((claim, suite), {"verdict": ABSENT}) for one in known]
         for told in parts:
             near = f"; near is within {told['near'] * (100 if is_share else 1):.2f}" if "near" in told else ""
             shown = interval(told.get("gain"), 1 if is_share else 3, 100 if is_share else 1)
             cells += [MARKS[told["verdict"]], shown + near]
-        count = counts([told.get("gain") for told in parts], "tasks", "items")
-        rows.append([parts[0]["claim"], SUITES[parts[0]["suite"]], *cells, count])
+        count = counts([told.get("gain") for told in parts])
+        rows.append([claim, SUITES[suite], *cells, count])
     heads = [head for seed in seeds for head in (f"seed {seed}", "how much better (points, or nats less)")]
     return table(["claim", "judged on", *heads, "tasks / items"], rows)
 
@@ -163,7 +164,7 @@ def held_out(seeds: Seeds) -> str:
         if any(found):
             sides = [means([method(results, name, side) for results in seeds.values()]) for side in ("near", "far")]
             beside = [str(paper.SNI[model].get(name, MISSING)) for model in paper.SNI]
-            rows.append([shown, *map(interval, found), *sides, counts(found, "tasks", "items"), *beside])
+            rows.append([shown, *map(interval, found), *sides, counts(found), *beside])
     head = ["library, routing", *per_seed(seeds, "loss"), "near tasks", "far tasks", "tasks / items"]
     return table([*head, *(f"Rouge-L, {model}" for model in paper.SNI)], rows)
 
@@ -175,7 +176,7 @@ def upstream(seeds: Seeds) -> str:
         found = [method(results, name, "upstream") for results in seeds.values()]
         if any(found):
             beside = str(paper.UPSTREAM.get(name, MISSING))
-            rows.append([shown, *map(interval, found), counts(found, "tasks", "items"), beside])
+            rows.append([shown, *map(interval, found), counts(found), beside])
     return table(["library, routing", *per_seed(seeds, "loss"), "tasks / items", "Rouge-L, Phi-2"], rows)
 
 
@@ -188,6 +189,6 @@ def supervised(seeds: Seeds) -> str:
         if any(told):
             beside = [str(value) for value in paper.SUPERVISED.get(way, (MISSING, MISSING))]
             cells = map(interval, [*less, *more])
-            rows.append([shown, *cells, counts([*less, *more], "tasks", "items"), *beside])
+            rows.append([shown, *cells, counts([*less, *more]), *beside])
     head = ["start", *per_seed(seeds, "loss, 10 %"), *per_seed(seeds, "100 %"), "tasks / items"]
     return table([*head, "Rouge-L, 10 %", "Rouge-L, 100 %"], rows)
