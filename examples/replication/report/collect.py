@@ -89,7 +89,10 @@ def read_each(root: Path, folder: str, seed: int) -> dict[str, Any]:
 
 
 def read_costs(setting: Setting) -> dict[str, dict[str, float]]:
-    """Stage -> experts, steps, tokens, seconds, and the peak memory of its process."""
+    """Stage -> experts, steps, tokens, seconds, and the peak memory of its process.
+
+    Seconds are of a core, but for training, whose records have what a clock on the wall shows.
+    """
     paths = sorted((setting.root / "done").glob("*.json"))
     done = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     found: dict[str, dict[str, float]] = {}
@@ -109,7 +112,7 @@ def read_costs(setting: Setting) -> dict[str, dict[str, float]]:
         if pieces:
             found[stage] = {
                 "pieces": len(pieces),
-                "seconds": round(sum(piece["seconds"] for piece in pieces)),
+                "seconds": round(sum(piece.get("core_seconds", piece["seconds"]) for piece in pieces)),
                 "peak_mib": max(piece["peak_mib"] for piece in pieces),
             }
     return found

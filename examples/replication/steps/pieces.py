@@ -135,15 +135,16 @@ def work(setting: Setting, pieces: list[Piece], told: Callable[[str], None], unt
             with locked(setting, piece.name) as is_mine:
                 if not is_mine or is_done(setting, piece.name):
                     continue
-                started = time.monotonic()
+                started, used = time.monotonic(), time.process_time()
                 piece.run(setting)
-                seconds, peak = (
-                    round(time.monotonic() - started, 1),
-                    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                took = {"seconds": time.monotonic() - started, "core_seconds": time.process_time() - used}
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                setting.write(
+                    f"done/{piece.name}.json",
+                    {**{key: round(value, 1) for key, value in took.items()}, "peak_mib": round(peak)},
                 )
-                setting.write(f"done/{piece.name}.json", {"seconds": seconds, "peak_mib": round(peak / 1024)})
                 did = True
-                told(f"{piece.name}: {seconds:.0f} s, {len(left) - 1} or fewer left")
+                told(f"{piece.name}: {took['seconds']:.0f} s, {len(left) - 1} or fewer left")
                 break  # look from the start again: what was waited for may be ready
         if not did:
             time.sleep(WAIT)
