@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,31 @@ def test_cost_of_a_larger_model_is_arithmetic():
     assert row["large_hours"] == pytest.approx(4 * 7.24e9 * 256_000 / (0.4 * 312e12) / 3600)
 
 
+def test_rounds_are_joined_and_written_answers_are_a_suite_of_their_own(tmp_path):
+    """The same method and rows, judged by loss in one report and by Rouge-L in another; other seeds stay out."""
+    from report.collect import read_judged
+
+    def report(name, tasks):
+        (tmp_path / "libraries" / name.rsplit("-", 2)[0]).mkdir(parents=True, exist_ok=True)
+        cells = {task: {"values": values} for task, values in tasks.items()}
+        methods = {"uniform_parameter": {"runs": [{"tasks": cells}]}}
+        (tmp_path / "reports").mkdir(exist_ok=True)
+        content = json.dumps({"libraries": {"": {"methods": methods}}})
+        (tmp_path / "reports" / f"{name}.json").write_text(content)
+
+    report("mbc-3-core-0", {"sni.a": {"loss": [1.0]}, "benchmarks.b": {"acc_paper": [1.0], "loss": [0.5]}})
+    report("mbc-3-core-1", {"sni.a": {"loss": [2.0]}})
+    report("mbc-3-generated-0", {"sni.a": {"loss": [9.0], "rouge_l": [0.25]}})
+    report("mbc-0-core-0", {"sni.a": {"loss": [7.0]}})
+    expected = {
+        "sni": {"a": [1.0, 2.0]},
+        "benchmarks": {"b": [1.0]},
+        "answers": {"b": [0.5]},
+        "generated": {"a": [0.25]},
+    }
+    assert read_judged(tmp_path, 3) == {"mbc/uniform-parameter": expected}
+
+
 def planted(**losses):
     """Results of one seed, as a file has them."""
     from report.claims import judge_claims
@@ -187,7 +213,11 @@ def test_each_seed_has_its_verdict():
         0: planted(base=3.0, private__uniform_parameter=2.0),
         7: planted(base=2.0, private__uniform_parameter=3.0),
     }
-    (row,) = [line for line in claims(seeds).splitlines() if line.startswith("| base < private-uniform | 12 held-out")]
+    (row,) = [
+        line
+        for line in claims(seeds).splitlines()
+        if line.startswith("| base < private-uniform | 12 held-out tasks, loss")
+    ]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[2] == "✓" and cells[3].startswith("1.000 [") and cells[4] == "✗" and cells[5].startswith("-1.000 [")
     assert cells[6] == "12 / 120", "the items are the same with both seeds"

@@ -32,7 +32,7 @@ class Claim:
     is_near: bool = False
 
 
-ZERO_SHOT = ("sni", "benchmarks", "answers")
+ZERO_SHOT = ("sni", "generated", "benchmarks", "answers")
 CLAIMS = [
     *(Claim("base < private-uniform", "base", "private/uniform-parameter", suite) for suite in ZERO_SHOT),
     *(

@@ -18,6 +18,7 @@ MEASURES = {
     "upstream": {"upstream": "loss"},
     "sni": {"sni": "loss"},
     "benchmarks": {"benchmarks": "acc_paper", "answers": "loss"},
+    "generated": {"generated": "rouge_l"},
 }
 Runs = dict[str, dict[str, Values]]  # method -> suite -> task -> values
 # Stage of the costs -> its pieces, for a seed.
@@ -38,13 +39,18 @@ def read_judged(root: Path, seed: int) -> Runs:
     rounds: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in sorted((root / "reports").glob("*.json")):
         library, number = path.stem.rpartition("-")[0], int(path.stem.rpartition("-")[2])
-        kind, its = kind_and_seed(next(part for part in _libraries(root) if library.startswith(f"{part}-")))
+        name = next(part for part in _libraries(root) if library.startswith(f"{part}-"))
+        kind, its = kind_and_seed(name)
         if its != seed:
             continue
+        is_written = library == f"{name}-generated"
         data = json.loads(path.read_text(encoding="utf-8"))["libraries"][""]["methods"]
         for method, record in data.items():
             way = method if method in ("base", "shared") else f"{kind}/{method.replace('_parameter', '-parameter')}"
-            rounds[way][number] = record["runs"][0]["tasks"]
+            cells = record["runs"][0]["tasks"]
+            if is_written:  # the same rows, in a suite of their own: their measure is another
+                cells = {f"generated.{task.partition('.')[2]}": cell for task, cell in cells.items()}
+            rounds[way].setdefault(number, {}).update(cells)
     return {
         way: _joined([parts[number] for number in range(len(parts)) if number in parts])
         for way, parts in rounds.items()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import paper
-from .claims import ABSENT, HELD, OPEN, REVERSED
+from .claims import ABSENT, CLAIMS, HELD, OPEN, REVERSED
 
 
 Seeds = Mapping[int, Mapping[str, Any]]  # seed -> its results
@@ -62,6 +62,7 @@ LIBRARIES = {
 SUITES = {
     "upstream": "the 44 training tasks' eval rows, loss",
     "sni": "12 held-out tasks, loss",
+    "generated": "12 held-out tasks, Rouge-L",
     "benchmarks": "8 benchmarks, accuracy",
     "answers": "8 benchmarks, loss of the right answer",
     "adapted:0.1": "12 held-out tasks, 10 % of the data, loss",
@@ -111,8 +112,8 @@ def claims(seeds: Seeds) -> str:
     """Every claim of the paper with our verdicts."""
     known = [{(told["claim"], told["suite"]): told for told in results["claims"]} for results in seeds.values()]
     rows = []
-    for claim, suite in known[0]:
-        is_share, cells = suite == "benchmarks", []
+    for claim, suite in ((claim.text, claim.suite) for claim in CLAIMS):
+        is_share, cells = suite in ("benchmarks", "generated"), []
         parts = [one.get((claim, suite), {"verdict": ABSENT}) for one in known]
         for told in parts:
             near = f"; near is within {told['near'] * (100 if is_share else 1):.2f}" if "near" in told else ""
@@ -163,9 +164,11 @@ def held_out(seeds: Seeds) -> str:
         found = [method(results, name, "sni") for results in seeds.values()]
         if any(found):
             sides = [means([method(results, name, side) for results in seeds.values()]) for side in ("near", "far")]
+            written = [interval(method(results, name, "generated"), 1, 100) for results in seeds.values()]
             beside = [str(paper.SNI[model].get(name, MISSING)) for model in paper.SNI]
-            rows.append([shown, *map(interval, found), *sides, counts(found), *beside])
+            rows.append([shown, *map(interval, found), *sides, counts(found), *written, *beside])
     head = ["library, routing", *per_seed(seeds, "loss"), "near tasks", "far tasks", "tasks / items"]
+    head += per_seed(seeds, "Rouge-L")
     return table([*head, *(f"Rouge-L, {model}" for model in paper.SNI)], rows)
 
 

@@ -14,7 +14,9 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
     """Judge one library on the rows of one round; what is kept in the folder is not judged again."""
     model, tokenizer = setting.base
     options = setting.config["judging"]
-    rows = setting.suites.round(number, options["rows"])
+    rows, is_written = setting.suites.round(number, options["rows"]), group == "generated"
+    if is_written:
+        rows = {task: part for task, part in rows.items() if task in setting.suites.judged["sni"]}
     tasks = [Task(f"{setting.suites.suite_of(task)}.{task}", part) for task, part in rows.items()]
     groups = setting.groups(library)
     own = {task: expert for expert, members in groups.items() for task in members} if has_own(library) else {}
@@ -29,7 +31,8 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
         oracle={task.name: own[name] for task, name in zip(tasks, rows) if name in own} or None,
         fit_data=fit_rows(setting, groups) if group in NEED_DATA else None,
         controls=False,
-        generate=False,
+        generate=is_written,
+        max_new_tokens=options["answer_tokens"],
         top_k=options["top_k"],
         selection_rows=0,
         traced_rows=2,

@@ -41,13 +41,17 @@ CANDIDATES = {
 }
 # Over experts whose factors were rewritten as U sqrt(S) and sqrt(S) V^T; in output space that changes nothing.
 CANONICAL = {"canonical-parameter": {"router": "arrow", "aggregation": "parameter"}}
+# Answers are written and compared by Rouge-L, the paper's measure on held-out tasks; in its Table 5 these ways are.
+GENERATED = {name: CORE[name] for name in ("uniform-parameter", "arrow-parameter")}
 GROUPS: dict[str, dict[str, Any]] = {
     "core": CORE,
     "routers": ROUTERS,
     "phatgoose": PHATGOOSE,
     "candidates": CANDIDATES,
     "canonical": CANONICAL,
+    "generated": GENERATED,
 }
+WITH_BASE = ("core", "generated")
 NEED_DATA = ("routers", "phatgoose")
 # Kinds of library of which no expert is a task's own: there is no oracle, and no routing that is right.
 WITHOUT_OWN = ("shared", "random_examples")
@@ -58,20 +62,15 @@ def methods_of(group: str, library: str) -> list[Any]:
 
     The shared library has one expert and no routing; the base alone is judged beside the private library.
     """
-    if group == "core" and library.startswith("shared"):
+    if group in WITH_BASE and library.startswith("shared"):
         return [{"experts": "shared", "name": "shared"}]
     ways = dict(GROUPS[group])
     if not has_own(library):
         ways.pop("oracle", None)
-    first = ["base"] if group == "core" and kind_and_seed(library)[0] == "private" else []
+    first = ["base"] if group in WITH_BASE and kind_and_seed(library)[0] == "private" else []
     return first + [{**way, "name": name} if isinstance(way, dict) else way for name, way in ways.items()]
 
 
 def has_own(library: str) -> bool:
     """Whether each task has an expert of its own in a library such as `mbc-0`."""
     return kind_and_seed(library)[0] not in WITHOUT_OWN
-
-
-def shown(method: str) -> str:
-    """A method's name in tables."""
-    return method.replace("_parameter", "-parameter")
