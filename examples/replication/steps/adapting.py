@@ -11,6 +11,7 @@ from peft_arrow import adapt
 from peft_arrow.evaluation.rows import read_row
 from peft_arrow.evaluation.scoring import score_options
 
+from .data import plain
 from .setting import Setting
 
 
@@ -74,7 +75,7 @@ def rows_of(setting: Setting, task: str, share: float, seed: int) -> list[dict[s
     rows = setting.suites.train[task]
     count = max(round(share * len(rows)), 1)
     places = sorted(range(len(rows)), key=lambda place: (place * 7919 + seed * 104729) % len(rows))[:count]
-    return [{key: rows[place][key] for key in ("instruction", "input", "output")} for place in sorted(places)]
+    return plain(rows[place] for place in sorted(places))
 
 
 def mean_loss(losses: dict[str, list[float]]) -> float:

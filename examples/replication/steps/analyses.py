@@ -15,6 +15,7 @@ from peft_arrow.evaluation.rows import read_row
 from peft_arrow.evaluation.scoring import score_options
 from peft_arrow.library.delta import delta_products
 
+from .data import plain
 from .setting import Setting
 
 
@@ -101,11 +102,7 @@ def pair(setting: Setting, number: int) -> None:
     model, tokenizer = setting.base
     told, seed = json.loads((setting.root / _list_of(setting)).read_text())[number], setting.seed
     tasks, training = (told["one"], told["other"]), setting.config["training"]
-    rows = [
-        {key: row[key] for key in ("instruction", "input", "output")}
-        for task in tasks
-        for row in setting.suites.train[task]
-    ]
+    rows = plain(row for task in tasks for row in setting.suites.train[task])
     folder = setting.root / "pairs" / f"{seed}-{number}-{'-'.join(tasks)}"
     train_adapter(
         model,

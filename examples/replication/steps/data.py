@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def read_suites(folder: Path, wanted: Mapping[str, Sequence[str]] | None = None)
     if missing:
         raise ValueError(f"--data {str(folder)!r} holds no rows in {missing[0]!r}.")
     return Suites(train, judged, category)
+
+
+def plain(rows: Iterable[Row]) -> list[Row]:
+    """Rows without options and notes: what models are trained on."""
+    return [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
 
 
 def _shuffled(task: str, rows: list[Row]) -> list[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from peft_arrow import AdapterLibrary, Task, evaluate_library, merge_adapters
 
+from .data import plain
 from .setting import Setting
 from .ways import NEED_DATA, has_own, methods_of
 
@@ -15,8 +16,8 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
     model, tokenizer = setting.base
     options = setting.config["judging"]
     rows, is_written = setting.suites.round(number, options["rows"]), group == "generated"
-    if is_written:
-        rows = {task: part for task, part in rows.items() if task in setting.suites.judged["sni"]}
+    if is_written:  # also where options could be scored
+        rows = {task: plain(part) for task, part in rows.items() if task in setting.suites.judged["sni"]}
     tasks = [Task(f"{setting.suites.suite_of(task)}.{task}", part) for task, part in rows.items()]
     groups = setting.groups(library)
     own = {task: expert for expert, members in groups.items() for task in members} if has_own(library) else {}
@@ -46,7 +47,7 @@ def fit_rows(setting: Setting, groups: dict[str, list[str]]) -> dict[str, list[A
     found = {}
     for expert, tasks in groups.items():
         turns = [row for rows in zip(*(train[task][:count] for task in tasks)) for row in rows]
-        found[expert] = [{key: row[key] for key in ("instruction", "input", "output")} for row in turns[:count]]
+        found[expert] = plain(turns[:count])
     return found
 
 
