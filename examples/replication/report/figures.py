@@ -95,18 +95,21 @@ def transfer(seeds: Seeds) -> Any:
 
 def supervised(seeds: Seeds) -> Any:
     """Loss after adaptation with 10 % and with all of the data, by start."""
-    shares = {"0.1": "10 % of their data", "1.0": "all of their data"}
-    ways = [way for way in WAYS if any("0.1" in one["supervised"].get(way, {}) for one in seeds.values())]
-    if not ways:
+    told = [results["supervised"] for results in seeds.values()]
+    ways = [way for way in WAYS if any("0.1" in one.get(way, {}) for one in told)]
+    titles = {"0.1": "10 % of their data", "1.0": "all of their data"}
+    shares = [share for share in titles if any(share in one.get(way, {}) for one in told for way in ways)]
+    if not shares:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(ways) + 1.4), sharey=True)
-    for axis, (share, shown) in zip(axes, shares.items()):
+    size = (3.5 + 3.5 * len(shares), 0.36 * len(ways) + 1.4)
+    figure, axes = plt.subplots(1, len(shares), figsize=size, sharey=True, squeeze=False)
+    for axis, share in zip(axes[0], shares):
         rows = [lambda one, way=way, share=share: one["supervised"].get(way, {}).get(share) for way in ways]
         _by_seed(axis, seeds, rows, [GREY] * len(ways))
-        axis.set_xlabel(f"loss on 12 held-out tasks after {shown}")
-    axes[0].set_yticks(range(len(ways)), [WAYS[way] for way in ways])
-    axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
+        axis.set_xlabel(f"loss on 12 held-out tasks\nafter {titles[share]}")
+    axes[0][0].set_yticks(range(len(ways)), [WAYS[way] for way in ways])
+    axes[0][0].invert_yaxis()
+    axes[0][0].legend(fontsize=8)
     return figure
 
 
