@@ -25,13 +25,12 @@ def beyond(seeds: Seeds, library: str) -> str:
     first, told = next(iter(known.items()))
     best, rows = (told["winner"], told["winner_without_rows"]), []
     by_name = {seed: {row["name"]: row for row in one["rows"]} for seed, one in known.items()}
-    for row in told["rows"]:
-        name = f"{row['name']} †" if row["needs_rows"] else row["name"]
-        cells = [interval(row["choosing"]), interval(row["reporting"])]
-        for seed in known:
-            other = by_name[seed].get(row["name"], {})
-            cells += [interval(other.get(gain), 3) for gain in ("reporting_gain", "held_out_gain")]
-        rows.append([f"**{name}**" if row["name"] in best else name, *cells])
+    for name in dict.fromkeys(name for part in by_name.values() for name in part):
+        parts = [part.get(name, {}) for part in by_name.values()]
+        cells = [interval(parts[0].get(key)) for key in ("choosing", "reporting")]
+        cells += [interval(part.get(gain), 3) for part in parts for gain in ("reporting_gain", "held_out_gain")]
+        shown = f"{name} †" if any(part.get("needs_rows") for part in parts) else name
+        rows.append([f"**{shown}**" if name in best else shown, *cells])
     counts = told["tasks"]
     head = ["router and options", f"loss, choosing ({counts['choosing']} tasks), seed {first}"]
     head += [f"loss, reporting ({counts['reporting']} tasks), seed {first}"]
