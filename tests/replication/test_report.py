@@ -239,6 +239,21 @@ def test_other_seeds_report_and_do_not_choose():
     assert "**" not in "".join(lines[3:])
 
 
+def test_results_of_another_folder_are_not_lost(tmp_path):
+    """Two machines may have worked on one seed; what only the docs know is not overwritten."""
+    from report.page import write_docs
+    from steps.setting import Setting
+
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    kept = docs / "results" / "replication-1.json"
+    kept.write_text(json.dumps({"methods": {"base": {}, "mbc/arrow": {}}}))
+    (tmp_path / "results-1.json").write_text(json.dumps({"methods": {"base": {}}}))
+    with pytest.raises(ValueError, match="tells of 'mbc/arrow'.*another folder"):
+        write_docs(Setting({}, tmp_path, tmp_path, 1), docs)
+    assert "mbc/arrow" in kept.read_text()
+
+
 def test_docs_page_says_what_its_results_files_say():
     """Nobody types a number: the page's tables are those that the script makes of the files beside it."""
     from report.page import BLOCKS, MARK, STEM, fill, pages, read_seeds

@@ -67,9 +67,22 @@ def pages(docs: Path) -> list[Path]:
 
 
 def write_docs(setting: Setting, docs: Path) -> None:
-    """Copy a seed's results into the docs, fill the pages' tables from all that are there, and draw their pictures."""
-    (docs / "results").mkdir(exist_ok=True)
-    shutil.copyfile(setting.root / f"results-{setting.seed}.json", docs / "results" / f"{STEM}{setting.seed}.json")
+    """Copy a seed's results into the docs, fill the pages' tables from all that are there, and draw their pictures.
+
+    Raises:
+        ValueError: the docs have results of this seed that the folder lacks, so they were made in another folder.
+    """
+    made, kept = setting.root / f"results-{setting.seed}.json", docs / "results" / f"{STEM}{setting.seed}.json"
+    if kept.exists():
+        old, new = (json.loads(path.read_text(encoding="utf-8"))["methods"] for path in (kept, made))
+        lost = [name for name in old if name not in new]
+        if lost:
+            raise ValueError(
+                f"{str(kept)!r} tells of {lost[0]!r}, and {str(made)!r} does not: it was made in another folder. "
+                "Remove it if these results are to replace it, or run another --seed."
+            )
+    kept.parent.mkdir(exist_ok=True)
+    shutil.copyfile(made, kept)
     refresh(docs)
 
 
