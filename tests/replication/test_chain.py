@@ -156,3 +156,20 @@ def test_another_seed_is_all_of_it_once_more(ground, monkeypatch, capsys):
     first, other = map(set, names)
     assert len(names[0]) == len(names[1]) > 50 and first & other == {"adapt-base"}
     assert {"train-mbc-3", "judge-shared-3-core-0", "pair-3-0", "adapt-scratch-doubled-1.0-3"} <= other
+
+
+def test_waiting_is_told(ground, tmp_path):
+    """Chosen pieces may wait for one that was not chosen: another process may be at it, or the choice was wrong."""
+    from steps.pieces import Piece, work
+    from steps.setting import read_setting
+
+    setting, lines, ran = read_setting(ground / "config.yaml", tmp_path, ground / "data"), [], []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if "waiting" in line:
+            setting.write("done/train-mbc-0.json", {})
+
+    work(setting, [Piece("judge-mbc-0-core-0", lambda _: ran.append(1), ("train-mbc-0",))], told)
+    assert lines[0] == "waiting until another process has done train-mbc-0"
+    assert lines[1].startswith("judge-mbc-0-core-0: 0 s, 0 or fewer left") and ran == [1]

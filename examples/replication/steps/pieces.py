@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -125,39 +124,41 @@ def work(setting: Setting, pieces: list[Piece], told: Callable[[str], None], unt
         told (`Callable`): is told a line for each piece.
         until (`float`, *optional*): begin no piece after this time (`time.time()`).
     """
+    waited_for: list[str] = []
     while left := [piece for piece in pieces if not is_done(setting, piece.name)]:
-        did = False
-        for piece in left:
-            if until is not None and time.time() > until:
-                return
-            if is_done(setting, piece.name) or not all(is_done(setting, name) for name in piece.after):
-                continue
-            with locked(setting, piece.name) as is_mine:
-                if not is_mine or is_done(setting, piece.name):
-                    continue
-                started, used = time.monotonic(), time.process_time()
-                piece.run(setting)
-                took = {"seconds": time.monotonic() - started, "core_seconds": time.process_time() - used}
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                setting.write(
-                    f"done/{piece.name}.json",
-                    {**{key: round(value, 1) for key, value in took.items()}, "peak_mib": round(peak)},
-                )
-                did = True
-                told(f"{piece.name}: {took['seconds']:.0f} s, {len(left) - 1} or fewer left")
-                break  # look from the start again: what was waited for may be ready
-        if not did:
-            time.sleep(WAIT)
+        if until is not None and time.time() > until:
+            return
+        took = next((took for piece in left if (took := _do(setting, piece))), None)
+        if took:
+            told(f"{took}, {len(left) - 1} or fewer left")
+            continue  # look from the start again: what was waited for may be ready
+        before = [name for piece in left for name in piece.after if not is_done(setting, name)]
+        names = list(dict.fromkeys(before or [piece.name for piece in left]))
+        if names != waited_for:
+            told(f"waiting until another process has done {', '.join(names)}")
+        waited_for = names
+        time.sleep(WAIT)
+
+
+def _do(setting: Setting, piece: Piece) -> str | None:
+    """Do a piece that can be done and that nobody else is doing; returns how long it took."""
+    if not all(is_done(setting, name) for name in piece.after):
+        return None
+    with locked(setting, piece.name) as is_mine:
+        if not is_mine or is_done(setting, piece.name):
+            return None
+        started, used = time.monotonic(), time.process_time()
+        piece.run(setting)
+        took = {"seconds": time.monotonic() - started, "core_seconds": time.process_time() - used}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        mark = {**{key: round(value, 1) for key, value in took.items()}, "peak_mib": round(peak)}
+        setting.write(f"done/{piece.name}.json", mark)
+        return f"{piece.name}: {took['seconds']:.0f} s"
 
 
 def is_done(setting: Setting, name: str) -> bool:
     """Whether a piece is marked."""
     return (setting.root / "done" / f"{name}.json").exists()
-
-
-def done_in(setting: Setting) -> dict[str, dict]:
-    """Piece -> its seconds and peak memory."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((setting.root / "done").glob("*.json"))}
 
 
 @contextmanager
