@@ -158,6 +158,37 @@ def test_another_seed_is_all_of_it_once_more(ground, monkeypatch, capsys):
     assert {"train-mbc-3", "judge-shared-3-core-0", "pair-3-0", "adapt-scratch-doubled-1.0-3"} <= other
 
 
+def test_a_config_may_be_like_another(tmp_path):
+    """Its lines take the place of the other's, those of its own parts one by one."""
+    from steps.setting import read_config
+
+    (tmp_path / "first.yaml").write_text("steps: 1\npart: {a: 1, b: {c: 2}}\nlist: [1]\n")
+    (tmp_path / "second.yaml").write_text("like: first.yaml\npart: {b: {d: 3}}\nlist: []\n")
+    (tmp_path / "third.yaml").write_text("like: second.yaml\nsteps: 4\n")
+    assert read_config(tmp_path / "third.yaml") == {"steps": 4, "part": {"a": 1, "b": {"d": 3}}, "list": []}
+
+
+def test_budgets_differ_in_their_steps_alone():
+    from steps.setting import read_config
+
+    few, many, whole = (read_config(FOLDER / f"{name}.yaml") for name in ("budget-20", "budget-80", "config"))
+    assert few["training"]["steps"] == whole["training"]["steps"] and many["training"]["steps"] == 80
+    for config in (few, many):
+        config["training"].pop("steps")
+    assert (few.pop("name"), many.pop("name")) == ("budget-20", "budget-80") and few == many
+    assert few["training"] == {key: value for key, value in whole["training"].items() if key != "steps"}
+
+
+def test_some_tasks_are_chosen(ground):
+    from steps.data import read_suites
+
+    found = read_suites(ground / "data", {"upstream": ["plural"], "sni": None, "benchmarks": []})
+    assert found.upstream == ["plural"] and list(found.judged["sni"]) == ["doubled", "last_letter"]
+    assert found.judged["benchmarks"] == {} and set(found.train) == {"plural", "doubled", "last_letter"}
+    with pytest.raises(ValueError, match="no rows in 'train_suite'"):
+        read_suites(ground / "data", {"upstream": ["unknown"]})
+
+
 def test_waiting_is_told(ground, tmp_path):
     """Chosen pieces may wait for one that was not chosen: another process may be at it, or the choice was wrong."""
     from steps.pieces import Piece, work

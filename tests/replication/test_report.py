@@ -195,10 +195,11 @@ def test_rounds_are_joined_and_written_answers_are_a_suite_of_their_own(tmp_path
 def planted(**losses):
     """Results of one seed, as a file has them."""
     from report.claims import judge_claims
-    from report.results import beyond, methods
+    from report.results import beyond, methods, shared_lead
 
     runs = judged(**losses)
     return {
+        "shared_lead": shared_lead(runs),
         "methods": methods(runs, {f"task{place}": "near" if place < 6 else "far" for place in range(12)}),
         "claims": judge_claims(runs, {}, {}),
         "beyond": {"mbc": beyond(runs, "mbc")} if "mbc__lag" in losses else {},
@@ -239,6 +240,39 @@ def test_other_seeds_report_and_do_not_choose():
     assert "**" not in "".join(lines[3:])
 
 
+def test_budgets_stand_in_the_order_of_their_steps():
+    """The lead of the shared LoRA is by how much less loss it has."""
+    from report.analyses import NOT_RUN, budget
+
+    few = planted(base=4.0, shared=1.5, private__arrow=2.0, private__oracle=1.0)
+    many = planted(shared=1.0, private__arrow=0.9)
+    files = {"budget-80-3": many | {"config": {"training": {"steps": 80}}}}
+    files["budget-9-0"] = few | {"config": {"training": {"steps": 9}}}
+    first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in budget(files).splitlines()[2:])
+    assert first[:8] == ["held-out tasks", "9", "4.00", "1.50", "–", "2.00", "–", "1.00"]
+    assert first[8].startswith("0.50 [") and first[10] == "0 / 12 / 120"
+    assert second[1:4] == ["80", "–", "1.00"] and second[8].startswith("-0.10 [") and second[10].startswith("3 / ")
+    assert budget({}) == NOT_RUN
+
+
+def test_cost_of_poly_is_that_of_its_one_model(tmp_path):
+    """The adapters that are made of it were not trained."""
+    from report.collect import read_costs
+    from steps.setting import Setting
+
+    def record(name, steps):
+        path = tmp_path / "libraries" / "poly-2-training" / name / "training.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"steps": steps, "tokens": 10 * steps, "seconds": 2.0}))
+
+    record("poly", 7)
+    record("experts/a", 0)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "train-poly-2.json").write_text(json.dumps({"seconds": 3.0, "peak_mib": 5}))
+    expected = {"experts": 1, "steps": 7, "tokens": 70, "seconds": 2, "peak_mib": 5}
+    assert read_costs(Setting({}, tmp_path, tmp_path, 2)) == {"train poly-2, poly": expected}
+
+
 def test_results_of_another_folder_are_not_lost(tmp_path):
     """Two machines may have worked on one seed; what only the docs know is not overwritten."""
     from report.page import write_docs
@@ -250,17 +284,15 @@ def test_results_of_another_folder_are_not_lost(tmp_path):
     kept.write_text(json.dumps({"methods": {"base": {}, "mbc/arrow": {}}}))
     (tmp_path / "results-1.json").write_text(json.dumps({"methods": {"base": {}}}))
     with pytest.raises(ValueError, match="tells of 'mbc/arrow'.*another folder"):
-        write_docs(Setting({}, tmp_path, tmp_path, 1), docs)
+        write_docs(Setting({"name": "replication"}, tmp_path, tmp_path, 1), docs)
     assert "mbc/arrow" in kept.read_text()
 
 
 def test_docs_page_says_what_its_results_files_say():
     """Nobody types a number: the page's tables are those that the script makes of the files beside it."""
-    from report.page import BLOCKS, MARK, STEM, fill, pages, read_seeds
+    from report.page import BLOCKS, MARK, fill, pages
 
-    seeds = read_seeds(DOCS / "results", STEM)
-    assert min(seeds) == 0
     for path in pages(DOCS):
         page = path.read_text(encoding="utf-8")
-        assert fill(page, seeds) == page
+        assert fill(page, DOCS / "results") == page
     assert len(MARK.findall((DOCS / "replication.md").read_text(encoding="utf-8"))) > len(BLOCKS) - 3

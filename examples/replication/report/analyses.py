@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import paper
-from .tables import MISSING, Seeds, interval, table
+from .tables import MISSING, Seeds, counts, interval, means, method, table
 
 
 NOT_RUN = "Not run yet."
@@ -31,11 +31,11 @@ def beyond(seeds: Seeds, library: str) -> str:
         cells += [interval(part.get(gain), 3) for part in parts for gain in ("reporting_gain", "held_out_gain")]
         shown = f"{name} †" if any(part.get("needs_rows") for part in parts) else name
         rows.append([f"**{shown}**" if name in best else shown, *cells])
-    counts = told["tasks"]
-    head = ["router and options", f"loss, choosing ({counts['choosing']} tasks), seed {first}"]
-    head += [f"loss, reporting ({counts['reporting']} tasks), seed {first}"]
+    sizes = told["tasks"]
+    head = ["router and options", f"loss, choosing ({sizes['choosing']} tasks), seed {first}"]
+    head += [f"loss, reporting ({sizes['reporting']} tasks), seed {first}"]
     for seed in known:
-        head += [f"less than plain Arrow, reporting, seed {seed}", f"of these, {counts['held_out']} held-out tasks"]
+        head += [f"less than plain Arrow, reporting, seed {seed}", f"of these, {sizes['held_out']} held-out tasks"]
     return table(head, rows)
 
 
@@ -76,11 +76,11 @@ def partition(seeds: Seeds) -> str:
     category, rows = results["categories"], []
     for name, tasks in next(iter(told.values()))["groups"].items():
         kinds = [category[task] for task in tasks]
-        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
-        rows.append([name, str(len(tasks)), counts])
-    found = ", ".join(f"{library} {one['rand']:.2f}" for library, one in told.items())
+        found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        rows.append([name, str(len(tasks)), found])
+    rand = ", ".join(f"{library} {one['rand']:.2f}" for library, one in told.items())
     shown = table(["cluster", "tasks", "of which category"], rows)
-    return f"{shown}\n\nAdjusted Rand index with the categories: {found}."
+    return f"{shown}\n\nAdjusted Rand index with the categories: {rand}."
 
 
 def clusters(seeds: Seeds) -> str:
@@ -124,6 +124,28 @@ def routing_errors(seeds: Seeds, kind: str) -> str:
         for row in told["arrow"]["errors"]
     ]
     return table(["task", "weight on its own expert", "largest other", "its weight", "same category"], rows)
+
+
+def budget(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """One shared LoRA against private experts, for few tasks and different budgets.
+
+    Args:
+        files (`Mapping[str, Mapping]`): names such as `budget-80-0`, which ends in the seed -> results.
+    """
+    ways = ["base", "shared", "private/uniform", "private/arrow", "private/calibrated-norm", "private/oracle"]
+    rows = []
+    for suite, shown in (("upstream", "their own tasks"), ("sni", "held-out tasks")):
+        for name, results in sorted(files.items(), key=lambda item: item[1]["config"]["training"]["steps"]):
+            found = [method(results, way, suite) for way in ways]
+            lead = [interval(told.get(suite)) for told in (results["shared_lead"].get(way, {}) for way in ways[3:5])]
+            seed, steps = name.rpartition("-")[2], results["config"]["training"]["steps"]
+            cells = [*(means([one]) for one in found), *lead, f"{seed} / {counts(found)}"]
+            rows += [[shown, str(steps), *cells]] if any(found) else []
+    if not rows:
+        return NOT_RUN
+    head = ["judged on", "steps a task", "base", "one shared LoRA", "uniform", "Arrow", "calibrated norm"]
+    head += ["told the task", "shared better than Arrow by", "than calibrated norm by", "seed / tasks / items"]
+    return table(head, rows)
 
 
 def costs(seeds: Seeds) -> str:

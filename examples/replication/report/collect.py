@@ -104,7 +104,8 @@ def read_costs(setting: Setting) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for folder in sorted((setting.root / "libraries").glob(f"*-{setting.seed}-training/*")):
         library = folder.parent.name.removesuffix("-training")
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob("[!.]*/training.json"))]
+        paths = [folder / "training.json", *sorted(folder.glob("[!.]*/training.json"))]  # Poly is one model
+        records = [record for path in paths if path.exists() and (record := json.loads(path.read_text()))["steps"]]
         if records and f"train-{library}" in done:
             found[f"train {library}, {folder.name}"] = {
                 "experts": len(records),

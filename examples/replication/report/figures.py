@@ -17,7 +17,14 @@ from .analyses import first_with  # noqa: E402
 from .tables import NAMES, WAYS, Seeds, method  # noqa: E402
 
 
-COLOURS = {"private": "#1f77b4", "mbc": "#d95f02", "random": "#7570b3", "random_examples": "#1b9e77"}
+COLOURS = {
+    "private": "#1f77b4",
+    "mbc": "#d95f02",
+    "random": "#7570b3",
+    "random_examples": "#1b9e77",
+    "embedding": "#a6761d",
+    "poly": "#e7298a",
+}
 GREY = "#555555"
 MARKERS = "osD^v"  # of the seeds, in turn
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ BLOCKS: dict[str, Callable[[Seeds], str]] = {
     "large": analyses.large,
 }
 MARK = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end -->", re.DOTALL)
-STEM = "replication-"
+STEM = "replication"
 
 
 def write_report(setting: Setting) -> str:
@@ -56,9 +57,13 @@ def read_seeds(folder: Path, stem: str) -> dict[int, Any]:
     return {seed: json.loads(paths[seed].read_text(encoding="utf-8")) for seed in sorted(paths)}
 
 
-def fill(page: str, seeds: Seeds) -> str:
-    """The page with every block between marks made anew from the results."""
-    return MARK.sub(lambda found: f"<!-- begin {found[1]} -->\n{BLOCKS[found[1]](seeds)}\n<!-- end -->", page)
+def fill(page: str, results: Path) -> str:
+    """The page with every block between marks made anew from the files of a folder of results."""
+    seeds = read_seeds(results, f"{STEM}-")
+    budgets = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("budget-*.json")}
+    blocks = {name: partial(block, seeds) for name, block in BLOCKS.items()}
+    blocks["budget"] = partial(analyses.budget, budgets)
+    return MARK.sub(lambda found: f"<!-- begin {found[1]} -->\n{blocks[found[1]]()}\n<!-- end -->", page)
 
 
 def pages(docs: Path) -> list[Path]:
@@ -72,7 +77,8 @@ def write_docs(setting: Setting, docs: Path) -> None:
     Raises:
         ValueError: the docs have results of this seed that the folder lacks, so they were made in another folder.
     """
-    made, kept = setting.root / f"results-{setting.seed}.json", docs / "results" / f"{STEM}{setting.seed}.json"
+    made = setting.root / f"results-{setting.seed}.json"
+    kept = docs / "results" / f"{setting.config['name']}-{setting.seed}.json"
     if kept.exists():
         old, new = (json.loads(path.read_text(encoding="utf-8"))["methods"] for path in (kept, made))
         lost = [name for name in old if name not in new]
@@ -88,7 +94,6 @@ def write_docs(setting: Setting, docs: Path) -> None:
 
 def refresh(docs: Path) -> None:
     """Fill the pages' tables from the results files of the docs, and draw their pictures."""
-    seeds = read_seeds(docs / "results", STEM)
     for page in pages(docs):
-        page.write_text(fill(page.read_text(encoding="utf-8"), seeds), encoding="utf-8")
-    draw(seeds, docs / "images", "replication_")
+        page.write_text(fill(page.read_text(encoding="utf-8"), docs / "results"), encoding="utf-8")
+    draw(read_seeds(docs / "results", f"{STEM}-"), docs / "images", f"{STEM}_")

@@ -13,10 +13,12 @@ from .beyond import beyond
 from .claims import judge_claims
 from .collect import Runs, read_adapted, read_base, read_costs, read_each, read_judged
 from .costs import scale
-from .numbers import correlation, estimate
+from .numbers import correlation, estimate, gaps
 
 
 BEYOND = (("private",), ("mbc",), ("private", "mbc"))
+LED = ("private/arrow", "private/calibrated-norm", "private/oracle")
+LOSSES = ("upstream", "sni")
 
 
 def make_results(setting: Setting) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def make_results(setting: Setting) -> dict[str, Any]:
         "methods": methods(runs, category),
         "supervised": supervised(adapted, base),
         "claims": judge_claims(runs, adapted, base),
+        "shared_lead": shared_lead(runs),
         "beyond": {"-".join(kinds): found for kinds in BEYOND if (found := beyond(runs, *kinds))},
         "similarity": similarities(read_each(root, "similarity", seed)),
         "transfer": transfer(read_each(root, "transfer", seed)),
@@ -68,6 +71,17 @@ def methods(runs: Runs, category: dict[str, str]) -> dict[str, Any]:
 
 def _mean(rows: list[float]) -> float:
     return round(statistics.fmean(rows), 4)
+
+
+def shared_lead(runs: Runs) -> dict[str, Any]:
+    """Ways to use private experts -> suite -> by how much less loss the one shared LoRA has on the same rows."""
+    found: dict[str, Any] = {}
+    for way in LED:
+        pairs = {suite: (runs.get("shared", {}).get(suite), runs.get(way, {}).get(suite)) for suite in LOSSES}
+        told = {suite: estimate(gaps(its, ours)) for suite, (ours, its) in pairs.items() if ours and its}
+        if told:
+            found[way] = told
+    return found
 
 
 def supervised(adapted: dict, base: dict) -> dict[str, Any]:

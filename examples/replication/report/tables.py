@@ -10,37 +10,30 @@ from .claims import ABSENT, CLAIMS, HELD, OPEN, REVERSED
 
 
 Seeds = Mapping[int, Mapping[str, Any]]  # seed -> its results
-NAMES = {
-    "base": "Base",
-    "shared": "Shared",
-    "private/uniform-parameter": "Private, uniform",
-    "private/arrow-parameter": "Private, Arrow",
-    "private/uniform": "Private, uniform, output space",
-    "private/arrow": "Private, Arrow, output space",
-    "private/arrow-calibrated": "Private, Arrow calibrated, output space",
-    "private/random": "Private, random routing",
-    "private/oracle": "Private, oracle",
-    "mbc/uniform-parameter": "MBC, uniform",
-    "mbc/arrow-parameter": "MBC, Arrow",
-    "mbc/uniform": "MBC, uniform, output space",
-    "mbc/arrow": "MBC, Arrow, output space",
-    "mbc/arrow-calibrated": "MBC, Arrow calibrated, output space",
-    "mbc/random": "MBC, random routing",
-    "mbc/oracle": "MBC, oracle",
-    "random/uniform-parameter": "Random tasks, uniform",
-    "random/arrow-parameter": "Random tasks, Arrow",
-    "random/uniform": "Random tasks, uniform, output space",
-    "random/arrow": "Random tasks, Arrow, output space",
-    "random/random": "Random tasks, random routing",
-    "random/oracle": "Random tasks, oracle",
-    "random_examples/uniform-parameter": "Random examples, uniform",
-    "random_examples/arrow-parameter": "Random examples, Arrow",
-    "random_examples/uniform": "Random examples, uniform, output space",
-    "random_examples/arrow": "Random examples, Arrow, output space",
-    "random_examples/random": "Random examples, random routing",
+KINDS = {
+    "private": "Private",
+    "mbc": "MBC",
+    "random": "Random tasks",
+    "random_examples": "Random examples",
+    "embedding": "Embeddings",
+    "poly": "Poly",
 }
-# Of the random libraries, the ways that the paper's Table 1 has of others.
-BESIDE = tuple(f"{kind}/{way}-parameter" for kind in ("random", "random_examples") for way in ("uniform", "arrow"))
+ROUTINGS = {
+    "uniform-parameter": "uniform",
+    "arrow-parameter": "Arrow",
+    "uniform": "uniform, output space",
+    "arrow": "Arrow, output space",
+    "arrow-calibrated": "Arrow calibrated, output space",
+    "random": "random routing",
+    "oracle": "oracle",
+}
+NAMES = {"base": "Base", "shared": "Shared"} | {
+    f"{kind}/{way}": f"{library}, {routing}" for kind, library in KINDS.items() for way, routing in ROUTINGS.items()
+}
+# Of the libraries that the paper's Table 1 lacks, the ways that it has of others.
+BESIDE = tuple(
+    f"{kind}/{way}-parameter" for kind in ("random", "random_examples", "embedding") for way in ("uniform", "arrow")
+)
 WAYS = {
     "base": "Base (zero-shot)",
     "scratch": "No library: from scratch",
@@ -58,6 +51,8 @@ LIBRARIES = {
     "mbc": "11 MBC experts",
     "random": "11 random groups of tasks",
     "random_examples": "11 random shares of the rows",
+    "embedding": "11 groups of tasks of near hidden states",
+    "poly": "44 mixtures of 8 Poly skills",
 }
 SUITES = {
     "upstream": "the 44 training tasks' eval rows, loss",

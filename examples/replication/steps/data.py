@@ -49,19 +49,20 @@ class Suites:
         return found
 
 
-def read_suites(folder: Path, wanted: Mapping[str, Sequence[str]] | None = None) -> Suites:
+def read_suites(folder: Path, wanted: Mapping[str, Sequence[str] | None] | None = None) -> Suites:
     """Read the three folders; benchmarks without options are left out.
 
     Args:
         folder (`Path`): with the folders of `FOLDERS`.
-        wanted (`Mapping`, *optional*): suite -> tasks; by default all.
+        wanted (`Mapping`, *optional*): suite -> tasks, or None for all of it; by default all of every suite.
     """
     train: dict[str, list[Row]] = {}
     judged: dict[str, dict[str, list[Row]]] = {suite: {} for suite in FOLDERS}
     category = {}
+    chosen = {suite: (wanted or {}).get(suite) for suite in FOLDERS}
     for suite, name in FOLDERS.items():
         for path in sorted((folder / name).glob("*.jsonl")):
-            if wanted and path.stem not in wanted[suite]:
+            if chosen[suite] is not None and path.stem not in chosen[suite]:
                 continue
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             if suite == "benchmarks":
@@ -72,7 +73,7 @@ def read_suites(folder: Path, wanted: Mapping[str, Sequence[str]] | None = None)
             if rows:
                 judged[suite][path.stem] = _shuffled(path.stem, rows)
                 category[path.stem] = rows[0].get("category", suite)
-    missing = [name for suite, name in FOLDERS.items() if not judged[suite]]
+    missing = [name for suite, name in FOLDERS.items() if not judged[suite] and chosen[suite] != []]
     if missing:
         raise ValueError(f"--data {str(folder)!r} holds no rows in {missing[0]!r}.")
     return Suites(train, judged, category)

@@ -98,7 +98,7 @@ def _adapting(setting: Setting, shares: list[float], libraries: list[str]) -> li
     """Adaptation from these libraries; with the first ones come the base and what needs no library."""
     options, config = setting.config["adapting"], setting.config
     is_first, is_less = libraries[0] == config["waves"][0][0], shares == list(options["shares"])[:1]
-    pieces = [Piece("adapt-base", adapting.base_losses)] if is_first and is_less else []
+    pieces = [Piece("adapt-base", adapting.base_losses)] if shares and is_first and is_less else []
     for share in shares:
         chosen = options["shares"][share].get("methods", options["methods"])
         for way, (_, library) in options["methods"].items():

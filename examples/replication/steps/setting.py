@@ -96,9 +96,18 @@ class Setting:
         return path
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A YAML file; where it is `like` another one beside it, its lines take the place of that one's."""
+    read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    first = read_config(path.with_name(read.pop("like"))) if "like" in read else {}
+    for key, value in read.items():
+        first[key] = {**first[key], **value} if isinstance(first.get(key), dict) else value
+    return first
+
+
 def read_setting(config: Path, root: Path, data: Path, seed: int = 0) -> Setting:
     """The setting of a YAML file, whose libraries are named by their kind: here they get the seed, as in `mbc-0`."""
-    read = yaml.safe_load(config.read_text(encoding="utf-8"))
+    read = read_config(config)
     judging, adapting = read["judging"], read["adapting"]
     read["waves"] = [[f"{kind}-{seed}" for kind in wave] for wave in read["waves"]]
     judging["groups"] = {group: [f"{kind}-{seed}" for kind in kinds] for group, kinds in judging["groups"].items()}
