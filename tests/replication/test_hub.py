@@ -21,6 +21,20 @@ BENCHMARKS = {
     "allenai/ai2_arc": ARC,
     "baber/piqa": {"goal": "open it", "sol1": "push", "sol2": "pull", "label": 1},
     "allenai/winogrande": {"sentence": "The _ fell.", "option1": "cup", "option2": "sun", "answer": "1"},
+    "openai/openai_humaneval": {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+        "entry_point": "one",
+    },
+    "google-research-datasets/mbpp": {
+        "task_id": 2,
+        "prompt": "Write a function that returns two.",
+        "code": "def two():\n  return 2",
+        "test_imports": ["import math"],
+        "test_list": ["assert two() == 2", "assert math.isclose(two(), 2)"],
+    },
     "Rowan/hellaswag": {"activity_label": "Fishing", "ctx": "He", "endings": ["a", "b", "c", "d"], "label": "2"},
 }
 
@@ -73,6 +87,18 @@ def test_suites_are_written_once_in_the_form_that_is_read(tmp_path, hub):
     count = len(hub)
     fetch(tmp_path, pico_tokenizer())
     assert len(hub) == count, "nothing is fetched twice"
+
+
+def test_code_problems_are_those_that_are_read(tmp_path, hub):
+    from steps.code import humaneval, mbpp
+    from steps.hub import fetch
+
+    folder = fetch(tmp_path, pico_tokenizer()) / "heldout_benchmarks"
+    for name, read in (("humaneval", humaneval), ("mbpp", mbpp)):
+        problem = read(json.loads((folder / f"{name}.jsonl").read_text().splitlines()[0]))
+        exec(problem.program(problem.solution), {})
+        with pytest.raises(AssertionError):
+            exec(problem.program("    return 3" if name == "humaneval" else "  return 3"), {})
 
 
 def test_another_form_is_an_error_and_leaves_no_file(tmp_path, hub, monkeypatch):

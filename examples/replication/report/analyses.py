@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import paper
-from .tables import MISSING, Seeds, counts, interval, means, method, table
-
-
-NOT_RUN = "Not run yet."
+from .tables import MISSING, NOT_RUN, Seeds, counts, interval, means, method, table
 
 
 def first_with(seeds: Seeds, key: str) -> Mapping[str, Any] | None:

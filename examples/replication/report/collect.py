@@ -19,6 +19,7 @@ MEASURES = {
     "sni": {"sni": "loss"},
     "benchmarks": {"benchmarks": "acc_paper", "answers": "loss"},
     "generated": {"generated": "rouge_l"},
+    "code": {"code": "passed"},
 }
 Runs = dict[str, dict[str, Values]]  # method -> suite -> task -> values
 # Stage of the costs -> its pieces, for a seed.

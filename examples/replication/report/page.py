@@ -22,6 +22,7 @@ BLOCKS: dict[str, Callable[[Seeds], str]] = {
     "summary": tables.summary,
     "claims": tables.claims,
     "zero_shot": tables.zero_shot,
+    "code": tables.code,
     "held_out": tables.held_out,
     "upstream": tables.upstream,
     "supervised": tables.supervised,

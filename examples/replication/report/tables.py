@@ -65,6 +65,7 @@ SUITES = {
 }
 MARKS = {HELD: "✓", REVERSED: "✗", OPEN: "open", ABSENT: "not run"}
 MISSING = "–"
+NOT_RUN = "Not run yet."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -150,6 +151,21 @@ def zero_shot(seeds: Seeds) -> str:
             rows.append([model, NAMES[name], *(f"{value:.1f}" for value in values), f"{mean:.1f}", MISSING, MISSING])
     head = ["model", "library, routing", *paper.SHOWN, "mean", "loss of the right answer", "seed / items"]
     return table(head, rows)
+
+
+def code(seeds: Seeds) -> str:
+    """Programs whose tests pass, in percent, beside the paper's."""
+    rows = []
+    for name in (name for name in NAMES if name in paper.CODE["Phi-2"]):
+        for seed, results in seeds.items():
+            if told := method(results, name, "code"):
+                cells = [f"{100 * told['by_task'].get(task, float('nan')):.1f}" for task in paper.CODE_TASKS]
+                rows.append(["ours", NAMES[name], *cells, f"{seed} / {told['items']}"])
+    if not rows:
+        return NOT_RUN
+    for model, told in paper.CODE.items():
+        rows += [[model, NAMES[name], *map(str, values), MISSING] for name, values in told.items()]
+    return table(["model", "library, routing", *paper.CODE_TASKS.values(), "seed / items"], rows)
 
 
 def held_out(seeds: Seeds) -> str:

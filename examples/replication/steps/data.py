@@ -71,7 +71,7 @@ def read_suites(folder: Path, wanted: Mapping[str, Sequence[str] | None] | None 
                 train[path.stem] = [row for row in rows if row["split"] == "train"]
                 rows = [row for row in rows if row["split"] != "train"]
             if rows:
-                judged[suite][path.stem] = _shuffled(path.stem, rows)
+                judged[suite][path.stem] = shuffled(path.stem, rows)
                 category[path.stem] = rows[0].get("category", suite)
     missing = [name for suite, name in FOLDERS.items() if not judged[suite] and chosen[suite] != []]
     if missing:
@@ -84,7 +84,7 @@ def plain(rows: Iterable[Row]) -> list[Row]:
     return [{key: row[key] for key in ("instruction", "input", "output")} for row in rows]
 
 
-def _shuffled(task: str, rows: list[Row]) -> list[Row]:
+def shuffled(task: str, rows: list[Row]) -> list[Row]:
     """In an order of their own: files are often sorted by label."""
     order = list(range(len(rows)))
     random.Random(f"{SEED} {task}").shuffle(order)

@@ -117,6 +117,17 @@ def _hellaswag(row: Row) -> Row:
     return _choice(f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"]))
 
 
+def _humaneval(row: Row) -> Row:
+    made = {"id": row["task_id"], "input": row["prompt"], "output": row["canonical_solution"], "options": None}
+    return {**made, "test": row["test"], "entry_point": row["entry_point"]}
+
+
+def _mbpp(row: Row) -> Row:
+    told = {"id": f"mbpp/{row['task_id']}", "input": f"{row['prompt']}\n{row['test_list'][0]}", "options": None}
+    setup = "\n".join(row["test_imports"])
+    return {**told, "output": row["code"], "test_list": row["test_list"], "test_setup_code": setup}
+
+
 BENCHMARKS: dict[str, tuple[str, str | None, str, Callable[[Row], Row]]] = {
     "boolq": ("google/boolq", None, "validation", _boolq),
     "openbookqa": ("allenai/openbookqa", "main", "test", _openbookqa),
@@ -125,4 +136,6 @@ BENCHMARKS: dict[str, tuple[str, str | None, str, Callable[[Row], Row]]] = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", _arc),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", _arc),
     "hellaswag": ("Rowan/hellaswag", None, "validation", _hellaswag),
+    "humaneval": ("openai/openai_humaneval", None, "test", _humaneval),
+    "mbpp": ("google-research-datasets/mbpp", "sanitized", "test", _mbpp),
 }

@@ -43,6 +43,8 @@ CANDIDATES = {
 CANONICAL = {"canonical-parameter": {"router": "arrow", "aggregation": "parameter"}}
 # Answers are written and compared by Rouge-L, the paper's measure on held-out tasks; in its Table 5 these ways are.
 GENERATED = {name: CORE[name] for name in ("uniform-parameter", "arrow-parameter")}
+# HumanEval and MBPP, opt-in (group `code`): what is written is run, in a sandbox.
+CODE = GENERATED
 GROUPS: dict[str, dict[str, Any]] = {
     "core": CORE,
     "routers": ROUTERS,
@@ -50,8 +52,10 @@ GROUPS: dict[str, dict[str, Any]] = {
     "candidates": CANDIDATES,
     "canonical": CANONICAL,
     "generated": GENERATED,
+    "code": CODE,
 }
-WITH_BASE = ("core", "generated")
+WITH_BASE = ("core", "generated", "code")
+WRITTEN = ("generated", "code")
 NEED_DATA = ("routers", "phatgoose")
 # Kinds of library of which no expert is a task's own: there is no oracle, and no routing that is right.
 WITHOUT_OWN = ("shared", "random_examples")
