@@ -25,7 +25,7 @@ def judge(setting: Setting, library: str, group: str, number: int) -> None:
         output_dir=setting.root / "judged" / f"{library}-{group}-{number}",
         tokenizer=tokenizer,
         oracle=oracle,
-        fit_data=fit_rows(setting, groups) if group in NEED_DATA else None,
+        fit_data=fit_rows(setting, groups, options["fit_rows"][group]) if group in NEED_DATA else None,
         controls=False,
         metrics=metrics,
         generate=group in WRITTEN,
@@ -54,10 +54,9 @@ def tasks_of(
     return tasks, {task.name: own[name] for task, name in zip(tasks, rows) if name in own} or None, ["rouge_l"]
 
 
-def fit_rows(setting: Setting, groups: dict[str, list[str]]) -> dict[str, list[Any]]:
-    """Training rows of each expert, from all its tasks in turn."""
-    count, train = setting.config["judging"]["fit_rows"], setting.suites.train
-    found = {}
+def fit_rows(setting: Setting, groups: dict[str, list[str]], count: int) -> dict[str, list[Any]]:
+    """So many training rows of each expert, from all its tasks in turn."""
+    train, found = setting.suites.train, {}
     for expert, tasks in groups.items():
         turns = [row for rows in zip(*(train[task][:count] for task in tasks)) for row in rows]
         found[expert] = plain(turns[:count])

@@ -24,7 +24,7 @@ ROUTERS = {
     "task_predictor": {"router": "task_predictor"},
     "retrieval": {"router": "retrieval"},
 }
-PHATGOOSE = {"phatgoose": {"router": "phatgoose"}}
+PHATGOOSE = {"phatgoose": {"router": "phatgoose", "top_k": 2}}  # its paper's two experts
 # Each is one change of plain Arrow, but for the last four. Our own idea is `calibrated-all`: standardised logits make
 # experts comparable, so that nothing has to be cut off, and an average over all keeps what a wrong choice would lose.
 CANDIDATES = {
