@@ -103,11 +103,11 @@ def test_problems():
     from steps.code import humaneval, mbpp
 
     first, second = humaneval(HUMANEVAL), mbpp(MBPP)
-    assert first.program("    return 2 * x\n").startswith(HUMANEVAL["input"])
+    assert first.program(first.solution).startswith(f"{HUMANEVAL['input']}{HUMANEVAL['output']}")
     assert first.tests.endswith("check(twice)") and "helper" not in second.prompt
-    told = 'import math\ndef root(x):\n\t"""\n\tWrite a function to take a root.\n\tassert root(4)==2\n\t"""\n'
-    assert second.prompt == told and second.solution == "\treturn math.sqrt(x)"
-    answers = [(first, "    return x + x", "    return x"), (second, "\treturn x ** 0.5", "\tpass")]
+    told = 'import math\ndef root(x):\n\t"""\n\tWrite a function to take a root.\n\tassert root(4)==2\n\t"""'
+    assert second.prompt == told and second.solution == "\n\treturn math.sqrt(x)"
+    answers = [(first, "\n    return x + x", "\n    return x"), (second, "\n\treturn x ** 0.5", "\n\tpass")]
     for problem, right, wrong in answers:
         exec(problem.program(right), {})
         with pytest.raises(AssertionError):
@@ -128,9 +128,9 @@ def test_answers_are_judged_by_their_tests(no_walls, tmp_path):
         code_tasks(tmp_path, 1, 2)
     (task,), passed = code_tasks(tmp_path, 0, 2)
     assert task.name == "code.humaneval" and [row["references"] for row in task.rows] == [["humaneval/0"]]
-    answers = {"    return x + x": 1.0, "    return 1": 0.0, "": 0.0, "    import os; os._exit(0)": 0.0}
+    answers = {"\n    return x + x": 1.0, "\n    return 1": 0.0, "": 0.0, "\n    import os; os._exit(0)": 0.0}
     for answer, value in answers.items():
-        told = passed.compute(predictions=[answer], references=[["    return 2 * x\n", "humaneval/0"]])
+        told = passed.compute(predictions=[answer], references=[["\n    return 2 * x\n", "humaneval/0"]])
         assert told == {"passed": value}
     report = evaluate_library(
         pico_base(),

@@ -98,7 +98,7 @@ def test_code_problems_are_those_that_are_read(tmp_path, hub):
         problem = read(json.loads((folder / f"{name}.jsonl").read_text().splitlines()[0]))
         exec(problem.program(problem.solution), {})
         with pytest.raises(AssertionError):
-            exec(problem.program("    return 3" if name == "humaneval" else "  return 3"), {})
+            exec(problem.program("\n    return 3" if name == "humaneval" else "\n  return 3"), {})
 
 
 def test_another_form_is_an_error_and_leaves_no_file(tmp_path, hub, monkeypatch):

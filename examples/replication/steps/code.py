@@ -25,7 +25,8 @@ class Problem:
 
     Args:
         name (`str`): such as `mbpp/3`.
-        prompt (`str`): the program up to where the answer begins.
+        prompt (`str`): the program up to where the answer begins, without the end of its line: tokenizers join that
+            with the spaces that follow, and a model that reads it alone writes no body.
         solution (`str`): a right answer.
         tests (`str`): what follows the answer; it fails where the answer is wrong.
     """
@@ -87,7 +88,8 @@ def code_tasks(folder: Path, number: int, count: int) -> tuple[list[Task], Passe
 
 def humaneval(row: Row) -> Problem:
     """A function's head and docstring; the answer is its body."""
-    return Problem(row["id"], row["input"], row["output"], f"{row['test']}\ncheck({row['entry_point']})")
+    prompt, tests = row["input"].rstrip(), f"{row['test']}\ncheck({row['entry_point']})"
+    return Problem(row["id"], prompt, f"\n{row['output']}", tests)
 
 
 def mbpp(row: Row) -> Problem:
@@ -103,4 +105,4 @@ def mbpp(row: Row) -> Problem:
     told = "\n".join(f"{space}{line}".rstrip() for line in ('"""', *row["input"].splitlines(), '"""'))
     before = "".join(f"{line}\n" for line in IMPORT.findall("\n".join(lines[:start])))
     after = "\n".join([row["test_setup_code"], *tests])
-    return Problem(row["id"], f"{before}{lines[start].rstrip()}\n{told}\n", "\n".join(lines[start + 1 :]), after)
+    return Problem(row["id"], f"{before}{lines[start].rstrip()}\n{told}", "\n".join(["", *lines[start + 1 :]]), after)
