@@ -47,6 +47,7 @@ class RoutedLibrary:
         self.defaults = routing_defaults(top_k)
         self.model: PeftModel = ArrowLoraModel.from_pretrained(base, library, top_k=top_k)
         self.fitted: set[str] = set()
+        self.calibrated: tuple[str, dict[str, Any]] | None = None  # the router, and its own options
 
     def close(self) -> None:
         """Give the base back as it was."""
@@ -74,9 +75,12 @@ class RoutedLibrary:
             self.model.fit_router(method.router, fit_data, tokenizer=tokenizer)
             self.fitted.add(method.router)
         options = resolved_options(method, seed, self.defaults)
-        self.model.set_router(method.router, **{**options, "calibrated": False})
-        if options["calibrated"]:
+        scores = method.router, {name: options[name] for name in ROUTERS[method.router].options}
+        is_measured = scores == self.calibrated  # how many are chosen, and how they are joined, is not in the scores
+        self.model.set_router(method.router, **{**options, "calibrated": options["calibrated"] and is_measured})
+        if options["calibrated"] and not is_measured:
             self.model.calibrate_router()
+            self.calibrated = scores
 
     def _aggregate(self, aggregation: str, who: str) -> None:
         adapter = self.model.base_model.active_arrow_adapter()

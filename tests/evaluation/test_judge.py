@@ -140,6 +140,27 @@ def test_nothing_of_one_method_is_left_in_the_next(base, tokenizer, library):
     assert after.methods["calibrated"].values("loss") != after.methods["arrow"].values("loss")
 
 
+def test_scores_are_measured_once_for_all_methods_that_read_them(base, tokenizer, library, monkeypatch):
+    measured, calibrate = [], ArrowLoraModel.calibrate_router
+    monkeypatch.setattr(ArrowLoraModel, "calibrate_router", lambda model: (measured.append(model), calibrate(model)))
+    rows = [
+        {"router": "arrow", "calibrated": True, "name": "first"},
+        {"router": "arrow", "calibrated": True, "top_k": 1, "tied": True, "name": "same"},
+        "uniform",
+        {"router": "arrow", "calibrated": True, "null_expert": 1.0, "aggregation": "parameter", "name": "still"},
+        {"router": "norm", "calibrated": True, "name": "others"},
+        {"router": "arrow", "calibrated": True, "top_k": 2, "name": "again"},
+    ]
+    options = {"controls": False, "tokenizer": tokenizer, **QUICK}
+    tasks = {"t": random_rows("t", "eval", 4, 0)}
+    after = evaluate_library(base, library, tasks, methods=rows, **options)
+    assert len(measured) == 3
+    for row in rows:
+        alone = evaluate_library(base, library, tasks, methods=[row], **options)
+        name = row if isinstance(row, str) else row["name"]
+        assert alone.methods[name].values("loss") == after.methods[name].values("loss"), name
+
+
 def test_several_libraries(base, tokenizer, tmp_path):
     both = {"one": random_library(tmp_path / "one"), "two": random_library(tmp_path / "two", ("a", "d"))}
     report = evaluate_library(base, both, two_tasks(), methods=["arrow"], tokenizer=tokenizer, **QUICK)
