@@ -80,6 +80,8 @@ def _read(name: str, source: str | PathLike) -> Dataset:
         return load_dataset(str(source), split="train")
     except (*READ_ERRORS, DatasetGenerationError) as error:
         tried = "as a folder" if path.exists() else "as a path and as an id on the Hub"
-        told = "cannot be read" if isinstance(error, DatasetGenerationError) else f"was tried {tried}"
+        # Of a broken file older versions of datasets raise something else than DatasetGenerationError.
+        is_broken = path.is_file() or isinstance(error, DatasetGenerationError)
+        told = "cannot be read" if is_broken else f"was tried {tried}"
         reason = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
         raise unreadable(f"dataset {name!r}: {str(source)!r}", told, reason) from error
