@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -53,6 +54,33 @@ def test_every_kind_takes_the_same_steps(kind, base_folder, tmp_path):
     assert list(library) == list(made["groups"])
     PeftModel.from_pretrained(pico_base(), str(tmp_path / "library/experts" / list(library)[0]))
     assert "How it was made" in (tmp_path / "library/README.md").read_text()
+
+
+def test_tasks_are_read_once(base_folder, tmp_path, monkeypatch, capsys):
+    """A build that was interrupted while it read goes on with the tasks that are left; other seeds read others."""
+    real, read = sys.modules["peft_arrow.building.kinds"].mean_state, []
+
+    def state(model, tokenizer, part, *rest):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(part.name)
+        return real(model, tokenizer, part, *rest)
+
+    monkeypatch.setattr("peft_arrow.building.kinds.mean_state", state)
+    with pytest.raises(KeyboardInterrupt):
+        build(base_folder, tmp_path / "library", kind="embedding", progress=True)
+    assert "reading tasks" in capsys.readouterr().err
+    read[:] = []
+    build(base_folder, tmp_path / "library", kind="embedding")
+    assert read == list(TASKS)[2:]
+    read[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        build(base_folder, tmp_path / "library", kind="embedding", seed=1, overwrite=True)
+    monkeypatch.undo()
+    build(base_folder, tmp_path / "whole", kind="embedding")
+    kept, whole = (list((tmp_path / f"{name}-training/states").glob("*.npy")) for name in ("library", "whole"))
+    assert len(kept) == 6 and len(whole) == 4
+    assert all(np.array_equal(np.load(path), np.load(kept[0].parent / path.name)) for path in whole)
 
 
 def test_the_clis_kinds_are_these():
