@@ -63,9 +63,8 @@ def mean_state(
         model.eval()
         for row in part.dataset.select(sorted(chosen)):
             ids = torch.tensor([_ids(tokenizer, row)[:max_length]], device=model.device)
-            states.append(
-                model(input_ids=ids, output_hidden_states=True).hidden_states[PENULTIMATE][0].float().mean(0)
-            )
+            read = model.base_model(input_ids=ids, output_hidden_states=True)  # no logits
+            states.append(read.hidden_states[PENULTIMATE][0].float().mean(0))
     return torch.stack(states).mean(0).cpu().numpy()
 
 

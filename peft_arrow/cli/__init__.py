@@ -4,8 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from huggingface_hub.errors import HfHubHTTPError
-
+from ..library.retrying import CLIENT_ERROR
 from . import adapt, build, cluster, discover, evaluate, inspect, pull, push, quickstart, route, train
 
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except (ImportError, OSError, *HfHubHTTPError.__bases__) as error:  # of its bases one is a lost connection
+    except (ImportError, OSError, CLIENT_ERROR) as error:
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

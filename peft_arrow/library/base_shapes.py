@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from peft.tuners.tuners_utils import clone_module, replicate_layers
 from torch import nn
 
 from .base_ids import is_local_path, is_same_base, normalise_base
 from .base_modules import BaseModules
+from .retrying import CLIENT_ERROR
 
 
 __all__ = ["BaseShapes", "is_local_path", "is_same_base", "normalise_base"]
@@ -34,7 +35,7 @@ MOST_LAYERS = 4096
 # What reading a config and making an empty model of it can raise: it may be of a stranger and say anything.
 BASE_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError),
-    *(AssertionError, StrictDataclassError, *HfHubHTTPError.__bases__),
+    *(AssertionError, StrictDataclassError, CLIENT_ERROR),
 )
 
 

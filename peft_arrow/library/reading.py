@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from .manifest import EXPERTS_FOLDER, MANIFEST_NAME, PICTURES_FOLDER, ExpertRecord, Manifest
-from .retrying import retried
+from .retrying import CLIENT_ERROR, retried
 
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_ARROW_ROUTER = "arrow_router"
-# The bases of HfHubHTTPError are the HTTP client's own error, which a lost connection raises, and OSError.
-HUB_ERRORS = (*HfHubHTTPError.__bases__, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
+HUB_ERRORS = (CLIENT_ERROR, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
 T = TypeVar("T")
 
 

@@ -12,6 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 
 RATE_LIMITED = 429
+# What the HTTP client raises where a connection is lost: httpx's, and requests' before version 1 of huggingface_hub.
+CLIENT_ERROR = [kind for kind in HfHubHTTPError.__mro__ if kind.__module__.startswith(("httpx", "requests"))][-1]
 BUSY = (408, RATE_LIMITED, 500, 502, 503, 504)
 TRIES = 5
 PATIENCE = 60.0  # seconds after which it is not tried again; huggingface_hub may have waited inside the call, too
@@ -36,7 +38,10 @@ def retried(call: Callable[..., T], *args: Any, statuses: Collection[int] = BUSY
         return _retried(call, args, kwargs, statuses)
     except HfHubHTTPError:
         raise
-    except HfHubHTTPError.__bases__[0] as error:  # of the HTTP client, which version 1 of huggingface_hub lets through
+    except CLIENT_ERROR as error:
+        answer = getattr(error, "response", None)
+        if answer is not None:  # version 0 says so that a token is refused
+            raise HfHubHTTPError(f"{answer.status_code}: {error}", response=answer) from error
         raise ConnectionError(f"the Hub cannot be reached: {error}") from error
 
 

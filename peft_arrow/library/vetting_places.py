@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
 from tqdm.contrib.concurrent import thread_map
 
 from .adapter import HUB_THREADS, Adapter, AdapterLike, AdapterRef, config_of, list_locations
@@ -19,12 +18,13 @@ from .manifest import MANIFEST_NAME
 from .names import check_name, slug, unique_name
 from .reading import CONFIG_NAME, PEFT_ARROW_ROUTER, Location
 from .report import AdapterReport, Finding
+from .retrying import CLIENT_ERROR
 from .vetting_checks import sentence
 
 
 Place = Adapter | Location | AdapterReport
 # The HTTP client's own errors too: huggingface_hub wraps answers of the Hub, but not every broken connection.
-READ_ERRORS = (ValueError, *HfHubHTTPError.__bases__)
+READ_ERRORS = (ValueError, OSError, CLIENT_ERROR)
 
 
 def look_up(

@@ -139,13 +139,13 @@ def checkpoint_for(job: Job, processes: Processes) -> Path | None:
     """The checkpoint to continue from; of processes that train together the first one looks, and all take its answer.
 
     A checkpoint is of as many processes as the trainer writes it with, so that after a change of their number the
-    expert is trained anew.
+    expert is trained anew; as it is with an accelerate that continues a sharded training with other weights.
     """
     folder, found = Path(job.arguments.output_dir), None
     if processes.is_alone_or_main:
         shared = {"processes": processes.count} if processes.together else {}
         prepare_checkpoints(folder, {**job.identity, **shared})
-        found = newest_checkpoint(folder)
+        found = newest_checkpoint(folder) if processes.can_continue else None
     return processes.from_main(found) if processes.together else found
 
 

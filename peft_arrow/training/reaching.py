@@ -6,15 +6,14 @@ import errno
 from collections.abc import Iterator
 
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..library.reading import HUB_ERRORS, Location
-from ..library.retrying import BUSY
+from ..library.retrying import BUSY, CLIENT_ERROR
 
 
 READ_ERRORS = (*HUB_ERRORS, ValueError)
-# Beside the builtin ones the HTTP client's own, which it raises where a connection is lost.
-_LOST = (ConnectionError, TimeoutError, HfHubHTTPError.__bases__[0])
+_LOST = (ConnectionError, TimeoutError, CLIENT_ERROR)
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
 CONFIG_NAME = "config.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, __version__, hf_hub_download
 
 from peft_arrow import AdapterLibrary, MBCClusterer
 from tests.building.data import QUICK, TASKS
@@ -18,6 +18,7 @@ from tests.library.hub_runs import BASE, Hub, run_checks
 
 
 API = HfApi()
+HUB_IS_OLD = __version__.startswith("0.")
 IDS = [f"alice/{task}" for task in TASKS]
 QUICKLY = ("--base", BASE, "--steps", 4, "--batch-size", 2, "--max-length", 64, "--clusters", 2)
 BUILD = ("build", *QUICKLY, "--data", *IDS)
@@ -91,7 +92,9 @@ def check_a_lost_data_set(hub: Hub, work: Path):
     assert (code, out) == (1, "") and not (work / "lost-training").exists()
     assert "dataset 'lost': 'alice/lost' cannot be fetched, the connection to the Hub failed" in err
     hub.clear_faults()
-    hub.cut("*/lost/*train.jsonl", 10, "GET", times=1)  # the client goes on from there by itself
+    hub.cut("*/lost/*train.jsonl", 10, "GET", times=1)  # the client goes on from there by itself, or we say what broke
+    if HUB_IS_OLD:
+        assert "dataset 'lost': 'alice/lost' cannot be fetched, the connection to the Hub failed" in run(*command)[2]
     assert run(*command)[0] == 0 and list(AdapterLibrary.from_pretrained(work / "lost")) == ["task0", "lost"]
     code, _, err = run(*command, "--data", "alice/task0", "alice/nothing")
     assert code == 2 and "dataset 'nothing': 'alice/nothing' was tried as a path and as an id on the Hub" in err
@@ -100,7 +103,8 @@ def check_a_lost_data_set(hub: Hub, work: Path):
 def check_a_lost_base(hub: Hub, work: Path):
     """It is told once, not for every task; the same command works later."""
     command = ("train", *QUICKLY, "--data", *IDS[:2], "--output", work / "based", "--base", "alice/lost-base")
-    for pattern in ("*/lost-base/*config.json", "*/lost-base/*model.safetensors"):
+    lost = ("*/lost-base/*config.json", "*/lost-base/*model.safetensors")
+    for pattern in lost[:1] if HUB_IS_OLD else lost:  # transformers 4 tells that weights are missing
         hub.drop(pattern, times=None)
         code, out, err = run(*command)
         assert (code, out) == (1, "") and err.count("base='alice/lost-base' cannot be fetched, the connection") == 1
