@@ -56,6 +56,7 @@ ROOMS = {
         "clustering",
         "evaluation",
         "library",
+        "library.adapter",
         "modeling",
         "quickstart",
         "tracing",
