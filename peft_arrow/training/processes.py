@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import functools
@@ -32,7 +33,19 @@ SHARDED = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 @functools.cache
 def _group(world: Any, timeout: timedelta) -> Any:
     """A group for what processes tell each other, on CPUs, whatever backend and timeout `world` was made with."""
-    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+    group = torch.distributed.new_group(backend="gloo", timeout=timeout)
+    atexit.register(_leave, world, group)
+    return group
+
+
+def _leave(world: Any, group: Any) -> None:
+    """Destroy a group, and a `world` of CPUs with it, unless that was done before the process ended.
+
+    A process that ends with them may abort after its work, because threads of gloo drop tensors that belong to Python
+    when there is no Python any more: one of five launches of two processes that gathered and ended, with torch 2.13.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.group.WORLD is world:
+        torch.distributed.destroy_process_group(None if torch.distributed.get_backend() == "gloo" else group)
 
 
 def balanced(names: Sequence[str], loads: Mapping[str, float], parts: int) -> list[list[str]]:

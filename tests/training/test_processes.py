@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -11,6 +15,7 @@ from transformers.training_args import ParallelMode
 from trl import SFTConfig
 
 from peft_arrow.training.processes import Processes
+from tests.training.test_distributed import ROOT, free_port
 
 
 @pytest.fixture
@@ -99,3 +104,40 @@ def test_rows_that_cannot_be_divided_are_refused(arguments):
     told = "per_device_train_batch_size=4 times gradient_accumulation_steps=4 rows a step cannot be divided over the 3"
     with pytest.raises(ValueError, match=told):
         processes_of(3, together=True).share_of_step(arguments)
+
+
+# What is registered first runs last: after the handlers of the package.
+ENDING = """
+import atexit
+import torch
+atexit.register(lambda: print("left" if not torch.distributed.is_initialized() else "still in the group"))
+from peft_arrow.training.processes import Processes
+processes = Processes()
+print(processes.gather([processes.state.process_index]), flush=True)
+{last}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("", 0), ("torch.distributed.destroy_process_group()", 0), ("raise SystemExit(3)", 3)],
+    ids=["gathered", "destroyed by the script", "failed"],
+)
+def test_a_process_leaves_its_groups_before_it_ends(last, code):
+    """With groups left to the end of the interpreter, one of five such launches aborts."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, **common, "PYTHONPATH": search, "ACCELERATE_USE_CPU": "true"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDING.format(last=last)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    assert [process.returncode for process in started] == [code, code]
+    assert printed == [["[0, 1]", "left"]] * 2
