@@ -50,10 +50,12 @@ def smollm2_folder() -> Path:
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     source, gguf_file = files[0].parent, files[0].name
     print("Converting SmolLM2-135M-Instruct from GGUF (once, about half a minute) ...", file=sys.stderr)
+    # The file asks for a start token; the model on the Hub has none, and transformers 5 takes none.
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, add_bos_token=False)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.bfloat16, **dense)
     with new_folder(target) as folder:
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return target
 
 
