@@ -51,6 +51,11 @@ CLAIMS = [
         Claim("random examples < random tasks", "random_examples/uniform-parameter", "random/uniform-parameter", suite)
         for suite in ZERO_SHOT
     ),
+    *(
+        Claim(f"embeddings < {told}", "embedding/uniform-parameter", f"{better}/uniform-parameter", suite)
+        for told, better in (("random tasks", "random"), ("MBC", "mbc"))
+        for suite in ("sni", "benchmarks", "answers")  # no answers of this library are written
+    ),
     *(Claim("random tasks < MBC", "random/uniform-parameter", "mbc/uniform-parameter", suite) for suite in ZERO_SHOT),
     Claim("mean-initialised (MBC) over scratch", "scratch", "mbc-mean", "adapted:0.1"),
     Claim("mean-initialised (private) over scratch", "scratch", "private-mean", "adapted:0.1"),
