@@ -18,15 +18,7 @@ import pytest
 from peft_arrow import AdapterLibrary
 from tests.building import data
 from tests.building.data import base_in
-from tests.training.test_distributed import free_port
-
-
-ROOT = Path(__file__).parents[2]
-
-
-def environment() -> dict[str, str]:
-    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
+from tests.processes import environment, free_port
 
 
 def start(

@@ -18,10 +18,9 @@ from safetensors.torch import load_file
 from peft_arrow import train_library
 from tests.building import sharded
 from tests.building.data import TASKS, base_in
-from tests.building.test_interruptions import environment
 from tests.pico import pico_base
+from tests.processes import environment, free_port
 from tests.training.helpers import token_batch
-from tests.training.test_distributed import free_port
 
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from peft_arrow.quickstart.settings import BuildPlan
 from peft_arrow.quickstart.task_list import load_tasks
 from peft_arrow.quickstart.train import error_of, is_built, read_trained, train_experts, write_rows
 from tests.building.data import base_in
+from tests.processes import environment
 
 
-ROOT = Path(__file__).parents[2]
 TASKS = load_tasks(["roman", "plural", "spell"])
 
 
@@ -154,10 +153,8 @@ def base_folder(tmp_path) -> str:
 
 
 def start(base: str, output: Path, steps: int) -> subprocess.Popen:
-    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, base, str(output), str(steps)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def processes_of(output: Path) -> list[str]:

@@ -15,10 +15,8 @@ import pytest
 import yaml
 
 from tests.pico import pico_base, pico_tokenizer
+from tests.processes import environment
 from tests.replication.conftest import FOLDER
-
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +40,6 @@ def ground(tmp_path_factory) -> Path:
     ]
     subprocess.run([*words, str(folder / "data")], check=True, cwd=FOLDER, env=environment())
     return folder
-
-
-def environment() -> dict[str, str]:
-    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
 
 
 def start(ground: Path, output: str, *more: str) -> subprocess.Popen:

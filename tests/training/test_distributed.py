@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.pico import pico_base
+from tests.processes import environment, free_port
 from tests.training import distributed_run
 from tests.training.helpers import changed, factors_of_folders, prototype_error, relative_difference
 
 
-ROOT = Path(__file__).parents[2]
 DDP = {"distributed_type": "MULTI_GPU"}  # with use_cpu, accelerate's name for torchrun and gloo
 FSDP2 = {
     "distributed_type": "FSDP",
@@ -42,12 +40,6 @@ CASES = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def launch(root: Path, mode: str) -> None:
     """Run distributed_run.py in two processes of one thread."""
     common = {"use_cpu": True, "num_machines": 1, "num_processes": 2, "mixed_precision": "no"}
@@ -55,9 +47,7 @@ def launch(root: Path, mode: str) -> None:
     config.write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **common, **LAUNCHES[mode]}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--main_process_port", str(free_port()), str(Path(distributed_run.__file__)), str(root), mode]
-    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert answer.returncode == 0, f"{answer.stdout[-3000:]}\n{answer.stderr[-6000:]}"
 
 

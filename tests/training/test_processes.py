@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from transformers.training_args import ParallelMode
 from trl import SFTConfig
 
 from peft_arrow.training.processes import Processes
-from tests.training.test_distributed import ROOT, free_port
+from tests.processes import environment, free_port
 
 
 @pytest.fixture
@@ -126,13 +125,12 @@ print(processes.gather([processes.state.process_index]), flush=True)
 )
 def test_a_process_leaves_its_groups_before_it_ends(last, code):
     """With groups left to the end of the interpreter, one of five such launches aborts."""
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, **common, "PYTHONPATH": search, "ACCELERATE_USE_CPU": "true"}
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {**environment(), **launched, "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
             [sys.executable, "-c", ENDING.format(last=last)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
