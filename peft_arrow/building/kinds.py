@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from ..clustering.mbc import MBCClusterer
 from ..clustering.summary import told_of_clustering
+from ..library.folders import new_file
 from ..training.data import Examples, joined
 from ..training.poly import train_poly
 from ..training.poly_lora import convert_poly
@@ -97,28 +97,28 @@ def build_embedding(build: Build) -> Built:
     """Tasks grouped by k-means on the base's mean hidden state of their rows."""
     processes = build.setup.processes
     mine = processes.mine(list(build.parts)) if processes.is_alone_or_main else []
+    limit = sft_arguments(build.setup.plan.sft_config, build.folder).max_length
     shown = build.setup.progress and processes.is_main
     bar = tqdm(mine, desc="reading tasks", unit="task", leave=False, disable=not shown)
-    states, groups = dict(processes.gather([(task, kept_state(build, build.parts[task])) for task in bar])), None
+    states = dict(processes.gather([(task, kept_state(build, build.parts[task], limit)) for task in bar]))
+    groups = None
     if processes.is_main:
         groups = by_state({task: states[task] for task in build.parts}, build.n_clusters, build.seed)
     groups = processes.from_main(groups)
     return Built([build.train_groups(groups, build.steps)], groups)
 
 
-def kept_state(build: Build, part: Examples) -> np.ndarray:
+def kept_state(build: Build, part: Examples, limit: int) -> np.ndarray:
     """The mean state of a task's rows; written down, so that a build that goes on does not read them again."""
-    base, limit = build.setup.base, sft_arguments(build.setup.plan.sft_config, build.folder).max_length
+    base = build.setup.base
     decides = json.dumps([base.identity, part.fingerprint, limit, build.seed])
     path = build.folder / "states" / f"{hashlib.sha256(decides.encode()).hexdigest()[:32]}.npy"
-    if not path.exists():
-        state = mean_state(base.model, base.tokenizer, part, limit, build.seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".part")
-        with draft.open("wb") as file:
-            np.save(file, state)
-        os.replace(draft, path)
-    return np.load(path)
+    if path.exists():
+        return np.load(path)
+    state = mean_state(base.model, base.tokenizer, part, limit, build.seed)
+    with new_file(path) as file:
+        np.save(file, state)
+    return state
 
 
 def build_poly(build: Build) -> Built:

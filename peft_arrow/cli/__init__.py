@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..library.retrying import CLIENT_ERROR
+from ..library.reading import HUB_ERRORS
 from . import adapt, build, cluster, discover, evaluate, inspect, pull, push, quickstart, route, train
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except (ImportError, OSError, CLIENT_ERROR) as error:
+    except (ImportError, *HUB_ERRORS) as error:
         print(f"peft-arrow {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

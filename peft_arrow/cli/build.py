@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo
 
 from ..library.hub import check_public_base, check_push
 from ..library.library import AdapterLibrary
-from ..library.retrying import CLIENT_ERROR
+from ..library.reading import HUB_ERRORS
 from .library_config import with_config
 from .library_options import add_library_options, tell, train_from
 
@@ -66,6 +66,6 @@ def _push(arguments: argparse.Namespace, library: AdapterLibrary) -> tuple[Commi
     """The commit, or why there is none and how to push later."""
     try:
         return library.push_to_hub(arguments.push, private=arguments.private, token=arguments.token), None
-    except (ValueError, OSError, CLIENT_ERROR) as error:
+    except (ValueError, *HUB_ERRORS) as error:
         words = ["peft-arrow", "push", arguments.output, arguments.push, *(["--private"] if arguments.private else [])]
         return None, f"{' '.join(str(error).split())}\nPush it later: {shlex.join(words)}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..library.folders import new_file
 from .fingerprints import digest_of
 
 
@@ -21,17 +20,8 @@ FORMAT = 1
 
 def write_json(path: Path, value: Any) -> None:
     """Write in one step: after a kill the file is the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:  # after a failure; otherwise it has moved
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
+    with new_file(path) as file:
+        file.write(json.dumps(value, ensure_ascii=False).encode())
 
 
 class ResultStore:

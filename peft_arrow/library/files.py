@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from .fields import parse_json
 from .manifest import Origin
-from .reading import CONFIG_NAME, HUB_ERRORS, Location, reason_of
+from .reading import CONFIG_NAME, HUB_ERRORS, READ_ERRORS, Location, reason_of
 from .retrying import retried
 
 
@@ -241,6 +241,6 @@ def _card_data(place: Location) -> dict[str, Any]:
     for candidate in places:
         try:
             return metadata_load(candidate.file(CARD_NAME)) or {}
-        except (*HUB_ERRORS, ValueError, yaml.YAMLError, RecursionError):
+        except (*READ_ERRORS, yaml.YAMLError, RecursionError):
             continue
     return {}

@@ -1,4 +1,4 @@
-"""Replace a folder in one step: whoever looks finds the old one or the new one, also after a kill."""
+"""Replace a folder or a file in one step: whoever looks finds the old one or the new one, also after a kill."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 try:
@@ -45,6 +46,26 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)  # the unfinished draft, or the old folder
         if lock is not None:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[BinaryIO]:
+    """A draft file beside `target`, open for writing, that takes its place when the block ends without an error.
+
+    Args:
+        target (`Path`): the file to make or replace; its folder is made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    finally:  # after a failure; otherwise it has moved
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
 
 
 def _locked_draft(parent: Path, prefix: str) -> tuple[Path, int | None]:

@@ -19,7 +19,9 @@ from .retrying import CLIENT_ERROR, retried
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_ARROW_ROUTER = "arrow_router"
+# The HTTP client's own error too: huggingface_hub wraps answers of the Hub, but not every lost connection.
 HUB_ERRORS = (CLIENT_ERROR, HFValidationError, LocalEntryNotFoundError, EntryNotFoundError, OSError)
+READ_ERRORS = (*HUB_ERRORS, ValueError)  # what cannot be had, or is not what it should be
 T = TypeVar("T")
 
 
@@ -93,7 +95,7 @@ class Location:
                 raise
             try:
                 fresh = self._download(filename, force_download=True)
-            except (*HUB_ERRORS, ValueError):
+            except READ_ERRORS:
                 fresh = None
             if fresh is None:
                 raise

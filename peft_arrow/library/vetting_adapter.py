@@ -13,7 +13,7 @@ from .base_shapes import BaseShapes
 from .files import WEIGHTS_NAME, TensorHeader, WeightsFile, module_ranks, read_config, read_origin
 from .lora import KEY_PREFIX
 from .manifest import Origin
-from .reading import Location
+from .reading import READ_ERRORS, Location
 from .report import AdapterReport, Finding
 from .serving import vllm_notes
 from .vetting_base import check_base, check_copies
@@ -27,7 +27,7 @@ from .vetting_checks import (
     sentence,
     unreadable_weights,
 )
-from .vetting_places import READ_ERRORS, Place
+from .vetting_places import Place
 from .vetting_weights import check_weights, saved_is_finite
 
 

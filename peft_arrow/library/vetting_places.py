@@ -16,15 +16,12 @@ from .base_ids import is_local_path, normalise_base
 from .files import PICKLE_NAME, WEIGHTS_NAME
 from .manifest import MANIFEST_NAME
 from .names import check_name, slug, unique_name
-from .reading import CONFIG_NAME, PEFT_ARROW_ROUTER, Location
+from .reading import CONFIG_NAME, PEFT_ARROW_ROUTER, READ_ERRORS, Location
 from .report import AdapterReport, Finding
-from .retrying import CLIENT_ERROR
 from .vetting_checks import sentence
 
 
 Place = Adapter | Location | AdapterReport
-# The HTTP client's own errors too: huggingface_hub wraps answers of the Hub, but not every broken connection.
-READ_ERRORS = (ValueError, OSError, CLIENT_ERROR)
 
 
 def look_up(

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..library.base_ids import is_local_path
-from .reaching import READ_ERRORS, commit_of, unreadable
+from ..library.reading import READ_ERRORS
+from .reaching import commit_of, unreadable
 
 
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only")

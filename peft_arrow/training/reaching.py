@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..library.reading import HUB_ERRORS, Location
+from ..library.reading import Location
 from ..library.retrying import BUSY, CLIENT_ERROR
 
 
-READ_ERRORS = (*HUB_ERRORS, ValueError)
 _LOST = (ConnectionError, TimeoutError, CLIENT_ERROR)
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE)
 CONFIG_NAME = "config.json"

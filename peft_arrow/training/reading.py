@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from .reaching import READ_ERRORS, unreadable
+from ..library.reading import READ_ERRORS
+from .reaching import unreadable
 
 
 DatasetLike = Dataset | DatasetDict | str | PathLike | Iterable[Mapping[str, Any]]
